@@ -1,0 +1,173 @@
+"""THE table: one lazy row a method. Listing it imports neither torch nor any method's module.
+
+Others add rows through the entry point group ``pertoken.methods``: its value names a JSON file as package data
+(``package:file.json``, a list of objects with the fields of `Method`), so that listing imports nobody's code.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the catalog.
+
+    Attributes:
+        slug: the name users type; module, test, example and result carry it (underscores for hyphens).
+        system: the specification it belongs to; one paper may have several rows.
+        room: score, train, generate, select, explain, tokenize, rank or bench.
+        path: ``module:attribute`` of its options class.
+        paper: arXiv id, or empty.
+        title: one line on what it is.
+        family: preference, supervised, reward, ...
+        level: the finest level its signal has: token, span, sequence.
+        item: what it works on: trace, image, text, state.
+        data: pairs, unpaired, sft, or empty.
+        models: models it needs besides the policy.
+        paper_row: False for the baselines that papers are measured against.
+        version: raised when its numbers change.
+        batch_coupled: its loss on a batch is not the mean of the losses of its parts.
+        stochastic: it draws random numbers.
+    """
+
+    slug: str
+    room: str
+    path: str
+    title: str
+    system: str = ""
+    paper: str = ""
+    family: str = "preference"
+    level: str = "sequence"
+    item: str = "trace"
+    data: str = ""
+    models: tuple[str, ...] = ()
+    paper_row: bool = True
+    version: int = 1
+    batch_coupled: bool = False
+    stochastic: bool = False
+
+
+def _baseline(slug: str, title: str, paper: str, **fields: Any) -> Method:
+    attribute = {"sft": "SFT", "dpo": "DPO", "ipo": "IPO", "simpo": "SimPO", "orpo": "ORPO", "kto": "KTO"}[slug]
+    path = f"pertoken.train.{slug}:{attribute}"
+    return Method(slug, "train", path, title, system=slug, paper=paper, paper_row=False, **fields)
+
+
+_ROWS = (
+    _baseline("sft", "Supervised fine-tuning on (chosen) responses", "", family="supervised", data="sft", level="token"),
+    _baseline("dpo", "Direct Preference Optimization", "2305.18290", data="pairs", models=("reference",)),
+    _baseline("ipo", "Identity Preference Optimization", "2310.12036", data="pairs", models=("reference",)),
+    _baseline("simpo", "Simple Preference Optimization with a reference-free reward", "2405.14734", data="pairs"),
+    _baseline("orpo", "Odds Ratio Preference Optimization without a reference model", "2403.07691", data="pairs"),
+    _baseline(
+        "kto",
+        "Kahneman-Tversky Optimization from unpaired labels",
+        "2402.01306",
+        data="unpaired",
+        models=("reference",),
+        batch_coupled=True,
+    ),
+    Method(
+        "t-reg",
+        "train",
+        "pertoken.train.t_reg:TReg",
+        "Preference Optimization with Token-Level Reward Regularization",
+        system="t-reg",
+        paper="2412.02685",
+        level="token",
+        data="pairs",
+        models=("reference",),
+    ),
+    Method(
+        "tdpo",
+        "train",
+        "pertoken.train.tdpo:TDPO",
+        "Token-level Direct Preference Optimization",
+        system="tdpo",
+        paper="2404.11999",
+        level="token",
+        data="pairs",
+        models=("reference",),
+    ),
+    Method(
+        "logratio",
+        "score",
+        "pertoken.score.logratio:LogRatio",
+        "Implicit token reward of two models: beta times their log-ratio",
+        system="logratio",
+        paper="2305.18290",
+        family="reward",
+        level="token",
+        models=("reference",),
+        paper_row=False,
+    ),
+    Method(
+        "contrastive-prompt",
+        "score",
+        "pertoken.score.contrastive_prompt:ContrastivePrompt",
+        "Self-generated token reward of T-REG: one response under a better and a worse prompt",
+        system="t-reg",
+        paper="2412.02685",
+        family="reward",
+        level="token",
+    ),
+    Method(
+        "vader",
+        "score",
+        "pertoken.score.vader:Vader",
+        "Rule-based sentiment (VADER), its lexicon words as token credit",
+        system="vader",
+        family="reward",
+        level="token",
+        paper_row=False,
+    ),
+)
+
+
+@lru_cache(maxsize=1)
+def methods() -> tuple[Method, ...]:
+    """All rows: the library's own, then those of installed packages, by entry point."""
+    rows = list(_ROWS)
+    for point in importlib.metadata.entry_points(group="pertoken.methods"):
+        package, _, file = point.value.partition(":")
+        spec = importlib.util.find_spec(package.partition(".")[0])
+        if spec is None or not spec.submodule_search_locations:
+            raise ValueError(f"the entry point {point.name} names {point.value}, but there is no package {package}")
+        data = Path(spec.submodule_search_locations[0], *package.split(".")[1:], file.replace(".json", "") + ".json")
+        for row in json.loads(data.read_text("utf8")):
+            rows.append(Method(**(row | {"models": tuple(row.get("models", ()))})))
+    seen: set[str] = set()
+    for row in rows:
+        if row.slug in seen:
+            raise ValueError(f"two catalog rows are called {row.slug!r}; rename the one of the installed package")
+        seen.add(row.slug)
+    return tuple(rows)
+
+
+def about(slug: str) -> Method:
+    """The row of a method.
+
+    Raises:
+        ValueError: no such method; the nearest names are suggested.
+    """
+    rows = {row.slug: row for row in methods()}
+    if slug in rows:
+        return rows[slug]
+    near = difflib.get_close_matches(slug.lower().replace("_", "-"), rows, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}?" if near else "pertoken methods lists them all"
+    raise ValueError(f"there is no method {slug!r}; {hint}")
+
+
+def method(slug: str) -> type[Any]:
+    """The options class of a method; imports its module."""
+    module, _, attribute = about(slug).path.partition(":")
+    return getattr(importlib.import_module(module), attribute)

@@ -1,0 +1,178 @@
+"""What the parts of the library ask of each other. Structural types: a method has the shape, it inherits nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from .credit import Credit
+from .trace import Trace
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from .data import Group
+    from .lm import LM
+    from .stats import Stats
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What an objective sees beside the statistics: N completions, of B pairs or of N unpaired examples.
+
+    Attributes:
+        pairs_B2: indices of (chosen, rejected) among the N completions; None when the data are unpaired.
+        columns: per-token columns (N, T) and per-completion columns (N,), by name, as `prepare` and the data gave them.
+        label_N: desirable (True) or not, for unpaired data; None for pairs.
+        rows: for each completion, the row of its example in the data (to name it in an error).
+    """
+
+    pairs_B2: Tensor | None
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    label_N: Tensor | None = None
+    rows: tuple[int, ...] = ()
+
+    @property
+    def chosen(self) -> Tensor:
+        """Indices (B,) of the chosen completions."""
+        return self._side(0)
+
+    @property
+    def rejected(self) -> Tensor:
+        """Indices (B,) of the rejected completions."""
+        return self._side(1)
+
+    def _side(self, side: int) -> Tensor:
+        if self.pairs_B2 is None:
+            raise ValueError("this objective compares pairs; give data with chosen and rejected responses")
+        return self.pairs_B2[:, side]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss as a sum and its count, so that accumulation and data parallelism are exact: the step minimises
+    ``sum over the batch / count over the batch``.
+
+    Attributes:
+        sum: scalar tensor with gradient.
+        count: what it is a sum over (pairs, examples or tokens).
+        metrics: name -> (sum, count) of detached figures, averaged the same way.
+    """
+
+    sum: Tensor
+    count: float | Tensor
+    metrics: dict[str, tuple[Tensor | float, Tensor | float]] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """Values on the tokens of traces. Any callable from traces to numbers or credits can be made one (`as_scorer`)."""
+
+    def score(self, items: Sequence[Trace]) -> list[Credit]:
+        """One credit a trace, in order."""
+        ...
+
+
+class Objective(Protocol):
+    """A training objective: frozen keyword-only options, pure methods. See `Needs` for what `stats` may ask.
+
+    ``data`` is ``pairs``, ``unpaired`` or ``sft``; ``models`` names the models besides the policy.
+    Two methods are optional: ``token_stats(logits, ids)`` mixes several full distributions inside the chunk;
+    ``prepare(run)`` runs stages once before training and returns nothing: it adds columns to ``run.groups``.
+    ``init_state()`` may return a module that is trained and checkpointed with the policy.
+    """
+
+    data: str
+    models: tuple[str, ...]
+
+    @property
+    def stats(self) -> Mapping[str, frozenset[str]]:
+        """Statistics wanted of each model, by name."""
+        ...
+
+    def loss(self, stats: Mapping[str, Stats], batch: Batch, state: nn.Module | None) -> Loss:
+        """The loss of one batch."""
+        ...
+
+
+class Preparation(Protocol):
+    """What `Objective.prepare` is given."""
+
+    groups: list[Group]
+    policy: LM
+
+    def scorer(self, slug: str, **options: Any) -> Scorer:
+        """A scorer of the catalog, ready to score (models filled in)."""
+        ...
+
+    def credits(self, name: str, scorer: Scorer) -> list[list[np.ndarray]]:
+        """Token values of every completion of every group by a scorer, computed once and kept as a stage."""
+        ...
+
+    def train(self, slug: str, **options: Any) -> LM:
+        """Another model, trained by another method on the same data, as a stage."""
+        ...
+
+
+class Advantage(Protocol):
+    """Rewards to advantages."""
+
+    def compute(self, rewards_NT: Tensor, values_NT: Tensor | None, groups_N: Tensor, mask_NT: Tensor) -> Tensor:
+        """Advantages (N, T)."""
+        ...
+
+
+class StepSampler(Protocol):
+    """Next-token log-weights in, a token and its log-weight increment out (plain sampling: increment 0)."""
+
+    def step(self, logw_NV: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """Token ids (N,) and increments (N,)."""
+        ...
+
+
+class FunctionScorer:
+    """A plain function as a scorer: text -> number (sequence level), or trace -> values, one a completion token."""
+
+    def __init__(self, function: Callable[..., Any], name: str = "", kind: str = "reward", on: str = "text"):
+        if on not in ("text", "trace"):
+            raise ValueError(f"on={on!r} is not one of text, trace")
+        self.function, self.kind, self.on = function, kind, on
+        self.name = name or getattr(function, "__name__", type(function).__name__)
+
+    def score(self, items: Sequence[Trace]) -> list[Credit]:
+        """One credit a trace."""
+        out = []
+        for trace in items:
+            value = self.function(trace.text if self.on == "text" else trace)
+            if isinstance(value, Credit):
+                out.append(value)
+            elif np.ndim(value):
+                out.append(Credit(trace=trace, values=np.asarray(value), kind=self.kind, method=self.name))
+            else:
+                out.append(Credit.of_sequence(trace, float(value), kind=self.kind, method=self.name))
+        return out
+
+
+def as_scorer(scorer: Scorer | Callable[..., Any], **options: Any) -> Scorer:
+    """A scorer as it is, a callable wrapped."""
+    return scorer if isinstance(scorer, Scorer) else FunctionScorer(scorer, **options)
+
+
+def token_columns(credits: Sequence[Credit]) -> list[np.ndarray]:
+    """The values of credits over completions, for use as a per-token column.
+
+    Raises:
+        ValueError: credit over the prompt.
+    """
+    for credit in credits:
+        if credit.over != "completion":
+            raise ValueError(f"credit of {credit.method} is over {credit.over}; a loss weighs completion tokens")
+    return [credit.values for credit in credits]
+
+
+Stage = Callable[[Path], None]

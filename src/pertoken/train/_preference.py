@@ -1,0 +1,49 @@
+"""What every pairwise objective shares: the log-sigmoid loss on a margin, and TRL's names for what is logged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..core.protocols import Batch, Loss
+from ..core.stats import Stats
+
+LOGP = frozenset({"logp"})
+
+
+def implicit_rewards(stats: Mapping[str, Stats], beta: float) -> Tensor:
+    """beta * (log pi(y|x) - log pi_ref(y|x)), summed over each completion's tokens: shape (N,)."""
+    return beta * (stats["policy"].sums() - stats["reference"].sums())
+
+
+def log_sigmoid_loss(margin_B: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """-log sigmoid(margin), one a pair; with smoothing e, the mixture that expects a share e of flipped labels
+    (Chowdhury et al., 2403.00409: conservative DPO)."""
+    losses = -F.logsigmoid(margin_B)
+    if label_smoothing:
+        losses = (1 - label_smoothing) * losses - label_smoothing * F.logsigmoid(-margin_B)
+    return losses
+
+
+def pair_metrics(rewards_N: Tensor, stats: Mapping[str, Stats], batch: Batch) -> dict[str, tuple[Tensor | float, float]]:
+    """Sums and counts over pairs, under TRL's names, so that dashboards carry over."""
+    with torch.no_grad():
+        chosen, rejected = rewards_N[batch.chosen], rewards_N[batch.rejected]
+        logps = stats["policy"].sums()
+        values = {
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margins": chosen - rejected,
+            "rewards/accuracies": (chosen > rejected).to(chosen.dtype),
+            "logps/chosen": logps[batch.chosen],
+            "logps/rejected": logps[batch.rejected],
+        }
+        return {name: (value.detach().sum(), float(len(value))) for name, value in values.items()}
+
+
+def pair_loss(losses_B: Tensor, rewards_N: Tensor, stats: Mapping[str, Stats], batch: Batch) -> Loss:
+    """The mean over pairs of `losses_B`, as sum and count, with the usual metrics."""
+    return Loss(losses_B.sum(), float(len(losses_B)), pair_metrics(rewards_N, stats, batch))

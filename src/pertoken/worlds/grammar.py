@@ -1,0 +1,278 @@
+"""Grammar worlds: small probabilistic languages whose words carry KNOWN credit, and a small causal LM trained on them.
+
+A world is a frozen `Grammar`: production rules, a lexicon, and the size and training of its language model. The presets
+`GRAMMARS` are data in `_grammars.py`; a new toy language is one more entry there.
+`"reviews"` has negation, degree words, moods and aspects named by the prompt; `"lexicon64"` is the 64-word bag-of-words
+sentiment language of the T-REG and TDPO specifications. An example of `"reviews"`, with the credit below the words:
+
+    prompt      the critic on the plot of the film :
+    completion  the plot  was  not   very  good  .  the acting  was  really  superb  .
+                 0   0     0  -.375  +.25 -.375  0   0    0      0     +1      +2    0     score = +2.5
+
+What a word earns. A sentiment word w has the base value v(w). It is modified by the negators n (each a negative factor)
+waiting in its clause, that is since the last closer (". , and but" ...) or sentiment word, and by the degree words d
+directly before it (a degree word followed by anything else lapses). Negation reverses the scale of degrees: "not very
+good" is milder than "not good". With an odd number of negators s = -1, otherwise s = +1:
+
+    value(phrase) = v(w) * prod n * (prod d) ** s
+
+The credits of a phrase sum to its value: the sentiment word and its negators share v(w) * prod n in equal parts (so a
+negated "good" is itself negative), and each degree word gets its marginal contribution, innermost first: the value of
+the phrase with it minus that without it. All other words, and modifiers with nothing to modify, earn exactly 0. Any
+word sequence has a score, so samples of a policy that has left the grammar have one too.
+
+Text. A text is a run of words, each with its leading space (" the plot was good ."), and each word is one token.
+"""
+
+import functools
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pertoken.worlds._grammars import PRESETS
+from pertoken.worlds._rules import Table, draw, expand, inside, parse, resolve
+
+CODE_VERSION = 1  # of the sampling and training code: part of the cache's key, raise it when the weights would change
+SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")  # ids 0, 1, 2, 3
+POLES = {None: 0, "positive": 1, "negative": -1}
+
+
+class Review(NamedTuple):
+    prompt: tuple[str, ...]
+    completion: tuple[str, ...]
+
+
+def to_text(words: Iterable[str]) -> str:
+    """Every word with its leading space: the text whose tokens are the words."""
+    return "".join(" " + word for word in words)
+
+
+def _words(words: Sequence[str] | str) -> list[str]:
+    return words.split() if isinstance(words, str) else list(words)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grammar:
+    """One language. Every field is part of the hash under which its language models are cached."""
+
+    name: str
+    rules: Mapping[str, str]  # symbol -> alternatives; PROMPT and COMPLETION are the roots; no left recursion
+    slots: Mapping[str, str]  # what the prompt fixes, in order: slot -> symbol that yields one word
+    lexicon: Mapping[str, float]  # v(w)
+    degrees: Mapping[str, float] = field(default_factory=dict)  # d > 0
+    negators: Mapping[str, float] = field(default_factory=dict)  # n < 0
+    closers: tuple[str, ...] = ()  # words that end the scope of a negator
+    tilt: float = 1.0  # log factor on the weight of + and - alternatives under a polarity
+    hidden: int = 64
+    layers: int = 2
+    heads: int = 4
+    feed_forward: int = 256
+    steps: int = 400
+    batch: int = 64  # reviews a step
+    learning_rate: float = 5e-3
+    context: int = 512  # tokens
+
+    def table(self, polarity: str | None = None) -> Table:
+        """The rules parsed and normalised; polarity tilts the alternatives that carry a sign."""
+        if polarity not in POLES:
+            raise ValueError(f"polarity is {polarity!r}; use None, 'positive' or 'negative'")
+        return self._tables[polarity]
+
+    @functools.cached_property
+    def _tables(self) -> dict[str | None, Table]:
+        return {polarity: parse(self.rules, pole * self.tilt) for polarity, pole in POLES.items()}
+
+    @functools.cached_property
+    def _prompts(self) -> dict[tuple[str, ...], dict[str, str]]:
+        """Every prompt -> its slots. A prompt names all slots that a completion uses."""
+        bindings: list[dict[str, str]] = [{}]
+        for slot, symbol in self.slots.items():
+            bindings = [env | {slot: side[0]} for env in bindings for side in self.table()[resolve(symbol, env)][1]]
+        sides = self.table()["PROMPT"][1]
+        return {tuple(resolve(s, env) for s in side): env for side in sides for env in bindings}
+
+    @functools.cached_property
+    def vocabulary(self) -> tuple[str, ...]:
+        """All words, sorted: token id of word i is i + 4."""
+        sides = [side for _, sides in self.table().values() for side in sides]
+        return tuple(sorted({s for side in sides for s in side if not (s[0] == "=" or s[0].isupper())}))
+
+    def sample(self, n: int, rng: np.random.Generator, polarity: str | None = None) -> list[Review]:
+        """n reviews: the prompt's template and slots uniform by template weight, then the completion by the rules."""
+        table, (cumulative, sides) = self.table(polarity), self.table()["PROMPT"]
+        reviews = []
+        for _ in range(n):
+            env: dict[str, str] = {}
+            for slot, symbol in self.slots.items():
+                env[slot] = expand(table, symbol, env, rng)[0]
+            prompt = tuple(resolve(s, env) for s in sides[draw(cumulative, rng)])
+            reviews.append(Review(prompt, tuple(expand(table, "COMPLETION", env, rng))))
+        return reviews
+
+    def logprob(self, prompt: Sequence[str] | str, words: Sequence[str] | str, polarity: str | None = None) -> float:
+        """Exact log p(completion | prompt) in nats, summed over derivations; -inf outside the grammar."""
+        env = self._prompts.get(tuple(_words(prompt)))
+        if env is None:
+            raise ValueError(f"{prompt!r} is no prompt of grammar {self.name!r}; see prompts(grammar)")
+        probability = inside(self.table(polarity), "COMPLETION", env, _words(words))
+        return math.log(probability) if probability > 0 else -math.inf
+
+    def credit(self, words: Sequence[str] | str) -> np.ndarray:
+        """True credit of each word (len(words),), float64, by the decomposition in the module's docstring."""
+        words = _words(words)
+        out, negators, degrees = np.zeros(len(words)), [], []  # positions of the modifiers that wait
+        for i, word in enumerate(words):
+            if word in self.lexicon:
+                value = self.lexicon[word] * math.prod(self.negators[words[j]] for j in negators)
+                out[[*negators, i]] = value / (1 + len(negators))
+                for j in reversed(degrees):
+                    value, before = value * self.degrees[words[j]] ** (-1) ** len(negators), value
+                    out[j] = value - before
+                negators, degrees = [], []
+            elif word in self.degrees:
+                degrees.append(i)
+            else:
+                negators = [*negators, i] if word in self.negators else [] if word in self.closers else negators
+                degrees = []
+        return out
+
+    def score(self, words: Sequence[str] | str) -> float:
+        return float(self.credit(words).sum())
+
+    def tokenizer(self) -> Any:
+        """PreTrainedTokenizerFast: one token a word, `Ġword` in the vocabulary; adds no special token by itself."""
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        vocab = {token: i for i, token in enumerate([*SPECIAL, *("Ġ" + word for word in self.vocabulary)])}
+        core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        core.decoder = decoders.ByteLevel()
+        names = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), SPECIAL, strict=True))
+        return PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=self.context, **names)
+
+
+GRAMMARS: dict[str, Grammar] = {name: Grammar(name=name, **preset) for name, preset in PRESETS.items()}
+
+
+def prompts(grammar: Grammar) -> dict[str, list[str]]:
+    """All prompt texts, about a fifth of them "test", split by a hash of the text (the same in every run)."""
+    split: dict[str, list[str]] = {"train": [], "test": []}
+    for prompt in map(to_text, grammar._prompts):
+        split["test" if hashlib.sha256(prompt.encode()).digest()[0] < 51 else "train"].append(prompt)
+    return split
+
+
+def token_truth(grammar: Grammar, text: str, *, eos: bool = True) -> np.ndarray:
+    """Credit of each token of a completion (T,), float64; the last one is <eos> (0), unless eos=False (truncated)."""
+    tokenizer = grammar.tokenizer()
+    words = [token.removeprefix("Ġ") for token in tokenizer.convert_ids_to_tokens(tokenizer.encode(text))]
+    return grammar.credit([*words, "<eos>"] if eos else words)
+
+
+def preference_pairs(
+    prompts: Sequence[str], completions: Sequence[Sequence[str]], score: Callable[[str], float], margin: float
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """Best and worst of each prompt's completions, if score(best) - score(worst) >= margin; the first of equals wins.
+
+    Returns the pairs (prompt, chosen, rejected, score_chosen, score_rejected) in the order of the prompts, and how many
+    prompts were skipped: "identical" (fewer than two different non-empty completions), "not_finite" (a score is NaN or
+    infinite), "margin" (the gap is too small).
+    """
+    pairs, skipped = [], {"identical": 0, "not_finite": 0, "margin": 0}
+    for prompt, group in zip(prompts, completions, strict=True):
+        texts = list(dict.fromkeys(text for text in group if text.strip()))
+        scores = [score(text) for text in texts]
+        if len(texts) < 2 or not all(map(math.isfinite, scores)):
+            skipped["identical" if len(texts) < 2 else "not_finite"] += 1
+            continue
+        best, worst = int(np.argmax(scores)), int(np.argmin(scores))
+        if best == worst or scores[best] - scores[worst] < margin:
+            skipped["margin"] += 1
+            continue
+        pair = {"prompt": prompt, "chosen": texts[best], "rejected": texts[worst]}
+        pairs.append(pair | {"score_chosen": scores[best], "score_rejected": scores[worst]})
+    return pairs, skipped
+
+
+def train_lm(
+    grammar: Grammar,
+    *,
+    seed: int = 0,
+    polarity: str | None = None,
+    folder: str | os.PathLike | None = None,
+    progress: bool = True,
+) -> Path:
+    """Train the grammar's LM on fresh samples, each seen once, and return its Hugging Face folder (safetensors).
+
+    The folder `grammar-<name>-<hash>` lies under `folder`, else $PERTOKEN_CACHE, else ~/.cache/pertoken; if it is there
+    it is returned at once. The weights are a function of grammar, seed and polarity on one machine and thread count.
+    """
+    key = json.dumps([asdict(grammar), seed, polarity, CODE_VERSION], sort_keys=True)
+    root = Path(folder or os.environ.get("PERTOKEN_CACHE") or Path.home() / ".cache" / "pertoken")
+    target = root / f"grammar-{grammar.name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    if target.is_dir():
+        return target
+    model = _fit(grammar, seed, polarity, progress)
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root, prefix=f".{target.name}-") as scratch:
+        finished = Path(scratch) / "model"
+        model.save_pretrained(finished)
+        grammar.tokenizer().save_pretrained(finished)
+        try:
+            finished.rename(
+                target
+            )  # whole or not at all; a concurrent caller that came first wins, its folder is equal
+        except OSError:
+            if not target.is_dir():
+                raise
+    return target
+
+
+def _fit(grammar: Grammar, seed: int, polarity: str | None, progress: bool) -> Any:
+    import torch
+    from rich.console import Console
+    from rich.progress import track
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    rng = np.random.default_rng(seed)
+    ids = {word: i + len(SPECIAL) for i, word in enumerate(grammar.vocabulary)}
+    reviews = grammar.sample(grammar.steps * grammar.batch, rng, polarity)
+    rows = [[1, *(ids[word] for word in review.prompt + review.completion), 2] for review in reviews]
+    # A batch holds reviews of almost equal length, padded on the right: the causal mask alone keeps the padding unseen,
+    # and no review can attend to another one, so a packed row's block mask is not needed.
+    rows.sort(key=len)
+    batches = rng.permutation(grammar.steps)
+    config = LlamaConfig(
+        vocab_size=len(SPECIAL) + len(grammar.vocabulary), hidden_size=grammar.hidden, intermediate_size=grammar.feed_forward,
+        num_hidden_layers=grammar.layers, num_attention_heads=grammar.heads, num_key_value_heads=grammar.heads,
+        max_position_embeddings=grammar.context, pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config).float()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=grammar.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    model.train()
+    description, console = f"train LM {grammar.name} ({polarity or 'plain'})", Console(stderr=True)
+    for step in track(range(grammar.steps), description, console=console, disable=not progress):
+        warmup, done = (step + 1) / max(1, grammar.steps // 20), step / grammar.steps
+        optimizer.param_groups[0]["lr"] = grammar.learning_rate * min(warmup, 0.5 * (1 + math.cos(math.pi * done)))
+        chosen = rows[batches[step] * grammar.batch : (batches[step] + 1) * grammar.batch]
+        padded = torch.zeros(len(chosen), len(chosen[-1]), dtype=torch.long)
+        for row, tokens in zip(padded, chosen, strict=True):
+            row[: len(tokens)] = torch.tensor(tokens)
+        logits = model(input_ids=padded[:, :-1], use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), padded[:, 1:].flatten(), ignore_index=0)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
