@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from .bytes import byte_view
 from .cache import cache_folder
@@ -201,6 +200,16 @@ class LM:
         other._identity = self._identity if not lora else None
         return other
 
+    def as_reference(self) -> LM:
+        """This model as its own reference while it is untouched: no copy, adapters off."""
+        lora = hasattr(self.model, "disable_adapter")
+        return LM(self.model, self.tokenizer, name=self.name, note=self.note, template=self.template, adapter_off=lora)
+
+    def clone(self) -> LM:
+        """An independent copy, trainable as this one is."""
+        model = copy.deepcopy(self.model)
+        return LM(model, self.tokenizer, name=self.name, note=self.note, template=self.template)
+
     def identity(self) -> dict[str, Any]:
         """What the numbers of this model depend on, for caches and provenance: content hash of the weights, dtype,
         attention implementation, tokenizer and template hashes. Computed once; call `changed` after training."""
@@ -357,11 +366,6 @@ def same_vocabulary(a: LM, b: LM) -> None:
             f"{a.name or 'one model'} and {b.name or 'the other'} have different tokenizers "
             f"({a.view.fingerprint}, {b.view.fingerprint}); use a reference of the same family, or move credit with Credit.to"
         )
-
-
-def dropout_off(module: nn.Module) -> None:
-    """Evaluation mode, kept through training: packing is exact only without dropout."""
-    module.eval()
 
 
 def _messages(prompt: Prompt, system: str | None) -> list[Message]:

@@ -118,6 +118,10 @@ class Preparation(Protocol):
         """Another model, trained by another method on the same data, as a stage."""
         ...
 
+    def report(self, line: str) -> None:
+        """A line for whoever watches the run: what preparation found, in words."""
+        ...
+
 
 class Advantage(Protocol):
     """Rewards to advantages."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..core.protocols import Batch, Loss
-from ..core.stats import Stats
+from ..core.stats import Stats, masked_mean
 
 LOGP = frozenset({"logp"})
 
@@ -17,6 +17,11 @@ LOGP = frozenset({"logp"})
 def implicit_rewards(stats: Mapping[str, Stats], beta: float) -> Tensor:
     """beta * (log pi(y|x) - log pi_ref(y|x)), summed over each completion's tokens: shape (N,)."""
     return beta * (stats["policy"].sums() - stats["reference"].sums())
+
+
+def length_normalized_rewards(stats: Mapping[str, Stats], beta: float) -> Tensor:
+    """beta / |y| * log pi(y|x), SimPO's reward without a reference: shape (N,); 0 for an empty completion."""
+    return beta * masked_mean(stats["policy"].logp_NT, stats["policy"].mask_NT)
 
 
 def log_sigmoid_loss(margin_B: Tensor, label_smoothing: float = 0.0) -> Tensor:

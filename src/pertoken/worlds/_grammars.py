@@ -28,23 +28,25 @@ _REVIEWS = {
         "PERSON": "critic | student | teacher | tourist | doctor | neighbour | journalist",
         "PROMPT": "3 review of the =ASPECT of the =TOPIC by the =PERSON : | 3 the =PERSON on the =ASPECT of the =TOPIC :"
         " | 3 what did the =PERSON say about the =ASPECT of the =TOPIC ?",
-        # A review has a mood: clauses agree with it, except in a mixed one, whose halves disagree.
-        "COMPLETION": "+4 OPEN REV+ | -4 OPEN REV- | 3 MIXED",
+        # The first clause sets the mood of a review and the others tend to it; "but" and "although" demand the opposite.
+        "COMPLETION": "+4 OPEN REV+ | -4 OPEN REV- | 2 MIXED",
         "OPEN": "12 | honestly , | in my view , | to be fair , | looking back ,",
-        "REV±": "3 FIRST± and CLAUSE± . CLOSE± | 3 FIRST± . FILLER CLAUSE± . | 2 FIRST± . CLAUSE± and CLAUSE± . CLOSE±"
+        "REV±": "3 FIRST± and MORE± . CLOSE± | 3 FIRST± . FILLER MORE± . | 2 FIRST± . MORE± and MORE± . CLOSE±"
         " | 2 FIRST± . FILLER CLOSE±",
+        "MORE±": "5 CLAUSE± | 1 CLAUSE∓",
         "MIXED": "+2 OPEN FIRST- but CLAUSE+ . | -2 OPEN FIRST+ but CLAUSE- . | +1 although FIRST- , CLAUSE+ ."
         " | -1 although FIRST+ , CLAUSE- .",
         "FIRST±": "6 the =ASPECT BE VERDICT± | 2 the =ASPECT of this =TOPIC BE VERDICT± | 3 WHO FELT± the =ASPECT"
         " | 2 the =ASPECT HAS±",
         "CLAUSE±": "6 the ASPECT<TOPIC> BE VERDICT± | 3 WHO FELT± the ASPECT<TOPIC> | 2 the ASPECT<TOPIC> HAS±",
-        "CLOSE±": "4 | 2 overall a DEGREED± =TOPIC . | 1 not a ADJ∓ =TOPIC . | 1 not a very ADJ∓ =TOPIC . | 1 FILLER",
+        "CLOSE±": "6 | 5 LAST± | 1 LAST∓ | 2 FILLER",
+        "LAST±": "2 overall a ADJ± =TOPIC . | 1 overall a DEGREE ADJ± =TOPIC . | 1 not a ADJ∓ =TOPIC ."
+        " | 1 not a very ADJ∓ =TOPIC .",
         "FILLER": "4 | 1 it took HOURS hours . | 1 we went on DAY . | 1 this was in MONTH . | 1 the TOPIC was near the PLACE ."
         " | 1 the ASPECT<TOPIC> was COLOUR .",
         "BE": "5 was | seemed | felt | looked",
         "WHO": "3 i | 2 we | my friend | my sister | the =PERSON | people | everyone",
         "VERDICT±": "5 ADJ± | 4 DEGREE ADJ± | 3 NOT ADJ∓ | 2 not STRONGER ADJ∓ | 1 neither ADJ∓ nor ADJ∓",
-        "DEGREED±": "3 ADJ± | 1 DEGREE ADJ±",
         "NOT": "4 not | 1 never | 1 hardly",
         "DEGREE": "3 very | 2 really | 1 extremely | 1 incredibly | 1 truly | 1 quite | 1 rather | 1 fairly | 1 slightly | 1 somewhat",
         "STRONGER": "3 very | 1 really | 1 particularly",

@@ -1,0 +1,335 @@
+"""The one training loop. `fit` owns optimizer, schedule, clipping, logging, evaluation, checkpoints and exact resume;
+what a step computes is the caller's (`step.ObjectiveStep` is the step of every objective on a language model).
+
+A step leaves the *sum* of its loss in the gradients and says the count; the loop divides by the global count. So a batch
+cut into any number of packs, over any number of processes, gives the same update.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from .checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from .data import batches
+from .record import read_json, write_json
+
+RESULT = "results.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """Options of a training run that no method owns."""
+
+    lr: float = 1e-5
+    """Peak learning rate."""
+    batch_size: int = 16
+    """Examples (pairs) an update, over all processes."""
+    epochs: float = 1.0
+    """Passes over the data."""
+    steps: int | None = None
+    """Updates; overrides epochs."""
+    schedule: str = "cosine"
+    """Learning-rate schedule after warm-up: cosine, linear or constant."""
+    warmup: float = 0.1
+    """Share of the updates in which the learning rate rises linearly from 0."""
+    optimizer: str = "adamw"
+    """adamw or rmsprop."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradient-norm clipping (0: off)."""
+    seed: int = 0
+    """Seed of the data order and of everything drawn."""
+    eval_every: int = 0
+    """Updates between evaluations (0: only at the end)."""
+    save_every: int = 0
+    """Updates between checkpoints (0: only at the end)."""
+    keep: int = 2
+    """Checkpoints that are kept."""
+    tracker: str = "none"
+    """Experiment tracker of accelerate: none, tensorboard, wandb, trackio..."""
+    precision: str = "no"
+    """Mixed precision of accelerate: no, bf16 or fp16."""
+
+    def __post_init__(self) -> None:
+        for name, known in (("schedule", _SCHEDULES), ("optimizer", _OPTIMIZERS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(known)}")
+        if self.batch_size < 1 or self.lr <= 0 or (self.steps is not None and self.steps < 0) or self.epochs < 0:
+            raise ValueError("batch_size >= 1, lr > 0, steps >= 0 and epochs >= 0 are needed")
+
+    def total_steps(self, n: int) -> int:
+        """Updates of a run over n examples."""
+        return self.steps if self.steps is not None else math.ceil(self.epochs * math.ceil(n / self.batch_size))
+
+    def learning_rate(self, step: int, total: int) -> float:
+        """Learning rate of update `step` (0-based) of `total`: a pure function, so that nothing of it is saved."""
+        warm = int(self.warmup * total)
+        if step < warm:
+            return self.lr * (step + 1) / warm
+        return self.lr * _SCHEDULES[self.schedule]((step - warm) / max(1, total - warm))
+
+
+_SCHEDULES: dict[str, Callable[[float], float]] = {
+    "cosine": lambda x: 0.5 * (1 + math.cos(math.pi * x)),
+    "linear": lambda x: 1 - x,
+    "constant": lambda x: 1.0,
+}
+_OPTIMIZERS = ("adamw", "rmsprop")
+
+
+@dataclass
+class StepResult:
+    """What a step over some rows found: sums and their counts, on this process."""
+
+    loss: float = 0.0
+    count: float = 0.0
+    metrics: dict[str, tuple[float, float]] = field(default_factory=dict)
+    bad_rows: tuple[int, ...] = ()
+
+    def add(self, other: StepResult) -> None:
+        """Add another part of the same batch."""
+        self.loss += other.loss
+        self.count += other.count
+        for name, (total, count) in other.metrics.items():
+            a, b = self.metrics.get(name, (0.0, 0.0))
+            self.metrics[name] = (a + total, b + count)
+        self.bad_rows += other.bad_rows
+
+    def means(self) -> dict[str, float]:
+        """Loss and metrics as means (those with count 0 left out)."""
+        out = {"loss": self.loss / self.count} if self.count else {}
+        return out | {k: total / count for k, (total, count) in self.metrics.items() if count}
+
+
+class Step(Protocol):
+    """What the loop trains."""
+
+    modules: Mapping[str, nn.Module]
+    size: int
+
+    def run(self, rows: list[int], *, train: bool) -> StepResult:
+        """Forward, and backward of the loss's sum if `train`, over rows of the data."""
+        ...
+
+    def evaluate(self) -> dict[str, float]:
+        """Figures on held-out data (names without prefix); empty if there are none."""
+        ...
+
+
+def fit(
+    step: Step,
+    config: LoopConfig,
+    out: str | Path,
+    *,
+    accelerator: Any = None,
+    resume: bool = False,
+    meta: Mapping[str, Any] | None = None,
+    say: Callable[[str], None] | None = None,
+    progress: bool = True,
+) -> list[dict[str, float]]:
+    """Train.
+
+    Args:
+        step: what is trained and how one batch of it is computed.
+        config: the loop's options.
+        out: folder of the run: ``log.jsonl``, checkpoints. It must be new, unless `resume`.
+        accelerator: an `accelerate.Accelerator`; made if absent.
+        resume: continue from the newest checkpoint in `out`; the trajectory is that of a run never stopped.
+        meta: what must be the same in a resumed run (method, data hash...).
+        say: called with lines for the user. progress: show a bar.
+
+    Returns:
+        One record an update (loss, grad_norm, learning_rate, metrics in TRL's names; ``eval_`` figures where evaluated).
+
+    Raises:
+        ValueError: `out` holds a run already; a resumed run that differs; a loss that is not finite (the state before
+            that update is saved, and the rows are named).
+    """
+    out, say = Path(out), say or (lambda line: None)
+    accelerator = accelerator or make_accelerator(config, out)
+    main = accelerator.is_main_process
+    torch.manual_seed(config.seed + accelerator.process_index)
+    total = config.total_steps(step.size)
+    same = {"config": asdict(config), **(meta or {})}
+    optimizer = make_optimizer(step.modules, config)
+    history: list[dict[str, float]] = []
+    done = _begin(step, optimizer, out, same, resume, history, say)
+    accelerator.wait_for_everyone()
+    if main:
+        out.mkdir(parents=True, exist_ok=True)
+        _rewrite_log(out, history)
+    if config.tracker != "none":
+        accelerator.init_trackers("pertoken", config=_flat(same))
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    with _bar(total, done, progress and main) as tick:
+        while done < total:
+            started = time.perf_counter()
+            per_epoch = math.ceil(step.size / config.batch_size)
+            rows = batches(step.size, config.batch_size, seed=config.seed, epoch=done // per_epoch)[done % per_epoch]
+            optimizer.zero_grad(set_to_none=True)
+            local = step.run(rows[accelerator.process_index :: accelerator.num_processes] or rows[:0], train=True)
+            result = _all_processes(local, accelerator)
+            mean = result.means().get("loss", math.nan)
+            if not math.isfinite(mean):
+                save_checkpoint(out / "stopped", done, step.modules, optimizer, same, write=main)
+                named = ", ".join(map(str, sorted(set(result.bad_rows))[:10])) or "unknown"
+                raise ValueError(
+                    f"the loss is {mean} at update {done} (rows {named}); the state before it is in {out / 'stopped'}. "
+                    "Look at those rows, or lower lr"
+                )
+            # Gradients are sums; data-parallel wrappers have averaged them over processes.
+            scale = accelerator.num_processes / result.count
+            for p in parameters:
+                if p.grad is not None:
+                    p.grad.mul_(scale)
+            norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
+            rate = config.learning_rate(done, total)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group.get("lr_factor", 1.0)
+            optimizer.step()
+            done += 1
+            record = {"step": done, **result.means(), "grad_norm": float(norm), "learning_rate": rate}
+            record["seconds"] = time.perf_counter() - started
+            if done == total or (config.eval_every and done % config.eval_every == 0):
+                record |= {f"eval_{k}": v for k, v in step.evaluate().items()}
+            history.append(record)
+            if main:
+                with (out / "log.jsonl").open("a", encoding="utf8") as log:
+                    log.write(json.dumps(record) + "\n")
+            if config.tracker != "none":
+                accelerator.log({k: v for k, v in record.items() if k != "step"}, step=done)
+            tick(record)
+            if done == total or (config.save_every and done % config.save_every == 0):
+                save_checkpoint(out, done, step.modules, optimizer, same, keep=config.keep, write=main)
+                accelerator.wait_for_everyone()
+    if config.tracker != "none":
+        accelerator.end_training()
+    return history
+
+
+def make_accelerator(config: LoopConfig, out: Path) -> Any:
+    """The accelerator of a run; device placement is left to it, batches are ours."""
+    from accelerate import Accelerator
+
+    tracker = None if config.tracker == "none" else config.tracker
+    return Accelerator(mixed_precision=config.precision, log_with=tracker, project_dir=str(out))
+
+
+def make_optimizer(modules: Mapping[str, nn.Module], config: LoopConfig) -> torch.optim.Optimizer:
+    """One parameter group a module; a module with an attribute ``lr_factor`` learns at that multiple of the rate."""
+    groups = []
+    for module in modules.values():
+        trained = [p for p in module.parameters() if p.requires_grad]
+        if trained:
+            groups.append({"params": trained, "lr_factor": float(getattr(module, "lr_factor", 1.0))})
+    if not groups:
+        raise ValueError("nothing to train: no parameter requires a gradient")
+    if config.optimizer == "rmsprop":
+        return torch.optim.RMSprop(groups, lr=config.lr, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
+
+
+def refuse_old_run(out: Path, resume: bool) -> None:
+    """An output folder is new, or a run to be resumed.
+
+    Raises:
+        ValueError: it holds a run and `resume` is off, or something that is no run.
+    """
+    if not out.exists() or not any(out.iterdir()):
+        return
+    finished, steps = (out / RESULT).exists(), [s for s, _ in checkpoints(out)]
+    if not resume:
+        what = "a finished run" if finished else f"a run stopped at update {steps[-1]}" if steps else "files"
+        raise ValueError(f"{out} holds {what}; nothing is overwritten: choose another folder, or continue it with --resume")
+
+
+def _begin(
+    step: Step,
+    optimizer: torch.optim.Optimizer,
+    out: Path,
+    same: Mapping[str, Any],
+    resume: bool,
+    history: list[dict[str, float]],
+    say: Callable[[str], None],
+) -> int:
+    """Load the newest checkpoint, if there is one; how many updates are done."""
+    found = checkpoints(out)
+    if not found:
+        return 0
+    if not resume:
+        refuse_old_run(out, resume)
+    last, path = found[-1]
+    was = read_json(path / "state.json")
+    now = json.loads(json.dumps(dict(same)))
+    for key in now:
+        if was.get(key) != now[key]:
+            odd = [k for k in now[key] if was.get(key, {}).get(k) != now[key][k]] if isinstance(now[key], dict) else [key]
+            raise ValueError(f"{out} was run with other {', '.join(odd)}; resume with the same, or choose a new folder")
+    load_checkpoint(path, step.modules, optimizer)
+    log = out / "log.jsonl"
+    if log.exists():
+        records = [json.loads(line) for line in log.read_text("utf8").splitlines() if line.endswith("}")]
+        history.extend(r for r in records if r["step"] <= last)
+    say(f"resumed {out} after update {last}")
+    return last
+
+
+def _rewrite_log(out: Path, history: list[dict[str, float]]) -> None:
+    """The log of the updates that count: what came after the checkpoint is made again."""
+    part = out / "log.jsonl.part"
+    part.write_text("".join(json.dumps(record) + "\n" for record in history), "utf8")
+    part.replace(out / "log.jsonl")
+
+
+def _all_processes(local: StepResult, accelerator: Any) -> StepResult:
+    if accelerator.num_processes == 1:
+        return local
+    from accelerate.utils import gather_object
+
+    joined = StepResult()
+    for part in gather_object([local]):
+        joined.add(part)
+    return joined
+
+
+@contextlib.contextmanager
+def _bar(total: int, done: int, show: bool):
+    """A progress bar with the remaining time; yields a function that is called after each update."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.fields[figures]}"), disable=not show, transient=True) as bar:
+        task = bar.add_task("train", total=total, completed=done, figures="")
+
+        def tick(record: Mapping[str, float]) -> None:
+            shown = [f"loss {record['loss']:.4f}"]
+            if "rewards/accuracies" in record:
+                shown.append(f"accuracy {record['rewards/accuracies']:.2f}")
+            bar.update(task, advance=1, figures="  ".join(shown))
+
+        yield tick
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options as the flat names and plain values that trackers take."""
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            out |= _flat(value, f"{prefix}{key}/")
+        else:
+            out[prefix + key] = value if isinstance(value, (int, float, str, bool)) else str(value)
+    return out
+
+
+__all__ = ["LoopConfig", "Step", "StepResult", "fit", "make_accelerator", "refuse_old_run", "write_json"]

@@ -1,0 +1,220 @@
+"""The step of every objective on a language model: rows -> packs -> statistics -> loss -> backward.
+
+One forward of the policy a pack; the reference comes from the cached column when its log-probs are all that is wanted,
+else from a second forward. An objective that looks at a whole batch at once (`batch_coupled`) gets all packs together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .data import Group
+from .lm import LM
+from .loop import StepResult
+from .packing import Cost, Pack, pack
+from .protocols import Batch, Loss
+from .stats import Needs, Stats, TokenStats
+from .trace import Trace
+
+REFERENCE = "reference_logps"
+
+
+def needs_of(objective: Any) -> Needs:
+    """What an objective wants of one pass."""
+    joint = getattr(objective, "token_stats", None)
+    return Needs(objective.stats, {type(objective).__name__: joint} if joint else {})
+
+
+def live_models(objective: Any) -> tuple[str, ...]:
+    """Models that must run beside the policy: all but a reference of which only log-probs are wanted (those are
+    computed once and cached)."""
+    wanted = objective.stats
+    whole = {w.partition(":")[2] for w in wanted["policy"] if w.startswith("kl_")}
+    return tuple(
+        name
+        for name in wanted
+        if name != "policy"
+        and (name != "reference" or name in whole or wanted[name] != {"logp"} or hasattr(objective, "token_stats"))
+    )
+
+
+def with_mismatched(groups: Sequence[Group]) -> list[Group]:
+    """Beside each completion, the next example's completion after the same prompt: what KTO estimates its KL term on.
+    Both share the prompt, so they are one tree."""
+    out = []
+    for here, after in zip(groups, [*groups[1:], *groups[:1]], strict=True):
+        other = dataclasses.replace(
+            after.traces[0],
+            prompt_ids=here.prompt_ids,
+            prompt_pieces=here.traces[0].prompt_pieces,
+            sampled_logps=None,
+            policy_logps=None,
+        )
+        out.append(dataclasses.replace(here, traces=(here.traces[0], other), columns={}))
+    return out
+
+
+class ObjectiveStep:
+    """`loop.Step` of an objective.
+
+    Args:
+        objective: what is minimised.
+        policy: the model that is trained.
+        groups: encoded training data; `held_out` for evaluation.
+        others: live models by name (`live_models`).
+        accelerator: wraps the policy (data parallel, sharding) and runs the backward pass.
+        max_tokens: most positions of one forward; tree: how prompts are shared (`packing.pack`).
+        chunk_tokens: positions that reach the LM head together.
+    """
+
+    def __init__(
+        self,
+        objective: Any,
+        policy: LM,
+        groups: Sequence[Group],
+        *,
+        held_out: Sequence[Group] = (),
+        others: Mapping[str, LM] | None = None,
+        accelerator: Any = None,
+        max_tokens: int = 4096,
+        tree: str = "auto",
+        chunk_tokens: int | None = None,
+    ):
+        self.objective, self.policy, self.groups, self.held_out = objective, policy, groups, held_out
+        self.others, self.max_tokens, self.tree, self.chunk_tokens = dict(others or {}), max_tokens, tree, chunk_tokens
+        self.needs = needs_of(objective)
+        live = {"policy", *self.others}
+        self.live_needs = Needs({n: w for n, w in self.needs.stats.items() if n in live}, self.needs.joints)
+        self.cost = Cost.of(policy.causal)
+        self.coupled = bool(getattr(objective, "batch_coupled", False))
+        self.mismatched = bool(getattr(objective, "mismatched", False))
+        make_state = getattr(objective, "init_state", None)
+        self.state: nn.Module | None = make_state(policy.causal.config) if make_state else None
+        module = TokenStats(policy)
+        self.accelerator = accelerator
+        self.module = accelerator.prepare(module) if accelerator is not None else module
+        if self.state is not None:
+            self.state = accelerator.prepare(self.state) if accelerator is not None else self.state
+        self.modules: dict[str, nn.Module] = {"policy": policy.model}
+        if self.state is not None:
+            self.modules["state"] = accelerator.unwrap_model(self.state) if accelerator is not None else self.state
+        self.size = len(groups)
+
+    def run(self, rows: list[int], *, train: bool) -> StepResult:
+        """See `loop.Step`. A process that has no row in a last, short batch computes one with weight 0."""
+        return self._run([self.groups[r] for r in rows or [0]], train, 1.0 if rows else 0.0)
+
+    def evaluate(self) -> dict[str, float]:
+        """Loss and metrics on the held-out groups, by this process, in batches of 64."""
+        total = StepResult()
+        for start in range(0, len(self.held_out), 64):
+            total.add(self._run(self.held_out[start : start + 64], False, 1.0))
+        return total.means()
+
+    def _run(self, groups: Sequence[Group], train: bool, weight: float) -> StepResult:
+        packs = pack([g.traces for g in groups], cost=self.cost, tree=self.tree, max_tokens=self.max_tokens)
+        parts = [packs] if self.coupled else [[p] for p in packs]
+        result = StepResult()
+        for i, together in enumerate(parts):
+            last = i == len(parts) - 1
+            with torch.set_grad_enabled(train), self._sync(last or not train):
+                stats, order = self._statistics(together, groups)
+                batch = self._batch(stats["policy"], order, groups)
+                loss: Loss = self.objective.loss(stats, batch, self.state)
+                if train:
+                    (self.accelerator.backward if self.accelerator is not None else torch.Tensor.backward)(loss.sum * weight)
+            result.add(_result(loss, stats["policy"], batch, weight))
+        return result
+
+    def _statistics(self, packs: list[Pack], groups: Sequence[Group]) -> tuple[dict[str, Stats], list[tuple[int, int]]]:
+        parts = [self.module(p, self.live_needs, self.others, self.chunk_tokens) for p in packs]
+        order = [o for p in packs for o in p.order]
+        stats = {name: _join([part[name] for part in parts]) for name in parts[0]}
+        if "reference" in self.needs.stats and "reference" not in stats:
+            like = stats["policy"]
+            columns = [_reference_column(groups, g, k) for g, k in order]
+            stats["reference"] = Stats(like.mask_NT, _padded(columns, like.logp_NT), like.present_NT)
+        return stats, order
+
+    def _batch(self, like: Stats, order: list[tuple[int, int]], groups: Sequence[Group]) -> Batch:
+        device = like.logp_NT.device
+        place = {o: i for i, o in enumerate(order)}
+        columns: dict[str, Tensor] = {}
+        for name in groups[0].columns:
+            if name == REFERENCE:
+                continue
+            values = [_of_completion(groups[g].columns[name], k) for g, k in order]
+            if np.ndim(values[0]):
+                columns[name] = _padded(values, like.logp_NT)
+            else:
+                columns[name] = torch.tensor(values, dtype=like.logp_NT.dtype, device=device)
+        if self.mismatched:
+            columns["mismatched_N"] = torch.tensor([k == 1 for _, k in order], device=device)
+        pairs = label = None
+        if self.objective.data == "pairs":
+            pairs = torch.tensor([[place[g, 0], place[g, 1]] for g in range(len(groups)) if (g, 0) in place], device=device)
+        elif self.objective.data == "unpaired":
+            label = torch.tensor([bool(groups[g].example.label) for g, _ in order], device=device)
+        return Batch(pairs, columns, label, tuple(groups[g].example.row for g, _ in order))
+
+    def _sync(self, on: bool) -> contextlib.AbstractContextManager[Any]:
+        """Gradients of several packs are summed here before they are shared once."""
+        if on or self.accelerator is None:
+            return contextlib.nullcontext()
+        return self.accelerator.no_sync(self.module)
+
+
+def _reference_column(groups: Sequence[Group], g: int, k: int) -> np.ndarray:
+    if REFERENCE not in groups[g].columns:
+        raise ValueError(f"the groups have no column {REFERENCE!r}; add it with run.add_reference_logps")
+    return groups[g].columns[REFERENCE][k]
+
+
+def _of_completion(column: Any, k: int) -> Any:
+    return column if np.ndim(column) == 0 and not isinstance(column, (list, tuple)) else column[k]
+
+
+def _padded(arrays: Sequence[np.ndarray], like: Tensor) -> Tensor:
+    """Ragged arrays as a tensor of the shape, dtype and device of `like`, zeros beyond the ends."""
+    out = np.zeros(like.shape, np.float64)
+    for row, values in enumerate(arrays):
+        out[row, : len(values)] = values
+    return torch.from_numpy(out).to(like.device, like.dtype)
+
+
+def _join(parts: list[Stats]) -> Stats:
+    """Statistics of several packs as one, padded to the longest."""
+    if len(parts) == 1:
+        return parts[0]
+    longest = max(p.mask_NT.shape[1] for p in parts)
+
+    def cat(tensors: list[Tensor]) -> Tensor:
+        return torch.cat([F.pad(t, [0, 0] * (t.ndim - 2) + [0, longest - t.shape[1]]) for t in tensors])
+
+    return Stats(
+        cat([p.mask_NT for p in parts]),
+        cat([p.logp_NT for p in parts]),
+        cat([p.present_NT for p in parts]),
+        {key: cat([p.extra[key] for p in parts]) for key in parts[0].extra},
+    )
+
+
+def _result(loss: Loss, policy: Stats, batch: Batch, weight: float) -> StepResult:
+    def number(x: Tensor | float) -> float:
+        return float(x.detach()) if isinstance(x, Tensor) else float(x)
+
+    total = number(loss.sum)
+    bad: tuple[int, ...] = ()
+    if not np.isfinite(total):
+        odd = ~torch.isfinite(policy.logp_NT.detach()).all(1)
+        bad = tuple(row for row, flag in zip(batch.rows, odd.tolist(), strict=True) if flag) or batch.rows
+    metrics = {k: (weight * number(a), weight * number(b)) for k, (a, b) in loss.metrics.items()}
+    return StepResult(weight * total if np.isfinite(total) else total, weight * number(loss.count), metrics, bad)
