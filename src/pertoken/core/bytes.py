@@ -4,7 +4,8 @@ Three families are told apart by what their vocabulary says, not by class names:
 
 * ``byte_level`` (GPT-2, Llama 3, SmolLM2, Qwen): every byte of the text has a printable stand-in character;
 * ``byte_fallback`` (SentencePiece: Llama 2, Gemma, T5): ``▁`` is a space, ``<0x41>`` is a raw byte;
-* ``wordpiece`` (BERT): ``##`` glues to the left, and the vocabulary has lost case and white space.
+* ``wordpiece`` (BERT): ``##`` glues to the left, and the vocabulary has lost case and white space. A vocabulary of
+  whole words (WordLevel) is one without ``##``.
 
 The first two give exact bytes from ids alone. WordPiece, and any tokenizer that normalises its input, gives them only
 together with the text (`ByteView.pieces_of_text`).
@@ -39,13 +40,11 @@ class ByteView:
         fingerprint: 16 hex digits of the tokenizer's own definition (vocabulary, merges, normalisers, added tokens);
             two tokenizers with one fingerprint give the same ids for every text.
         family: ``byte_level``, ``byte_fallback`` or ``wordpiece``.
-        special_ids: ids that stand for no text (their piece is ``b""``).
-        eos_id: the id that ends a text or a turn, or None.
+        special_ids: ids that stand for no text (their piece is ``b""``), the unknown token too.
     """
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
-        self.eos_id: int | None = tokenizer.eos_token_id
         self.special_ids = frozenset(tokenizer.all_special_ids) | {
             i for i, t in getattr(tokenizer, "added_tokens_decoder", {}).items() if t.special
         }
@@ -53,7 +52,7 @@ class ByteView:
         self.fingerprint = _fingerprint(tokenizer, vocab)
         backend = _backend_definition(tokenizer)
         self._prefix_space = _prepends_space(backend)
-        kinds = {p.get("type") for p in _parts(backend, "pre_tokenizer") + _parts(backend, "decoder")}
+        kinds = {p.get("type") for name in ("normalizer", "pre_tokenizer", "decoder") for p in _parts(backend, name)}
         if "ByteLevel" in kinds:
             self.family = "byte_level"
         elif (backend.get("model") or {}).get("type") == "WordPiece" or "WordPiece" in kinds:
@@ -63,13 +62,20 @@ class ByteView:
         elif {_strip_byte_level(t) for t in list(vocab)[:4096]} != {None} and "Ġ" in "".join(list(vocab)[:4096]):
             self.family = "byte_level"  # a slow tokenizer without a backend definition
         else:
-            self.family = "wordpiece" if any(t.startswith("##") for t in vocab) else "byte_fallback"
+            words = any(t.startswith("##") for t in vocab) or (backend.get("model") or {}).get("type") == "WordLevel"
+            self.family = "wordpiece" if words else "byte_fallback"
+        self.size = len(tokenizer)
         self._token_of = {i: t for t, i in vocab.items()}
-        self._added = {i: t.content for i, t in getattr(tokenizer, "added_tokens_decoder", {}).items()}
+        self._added = frozenset(getattr(tokenizer, "added_tokens_decoder", {}))
         self._cache: dict[int, bytes] = {}
 
+    @property
+    def eos_id(self) -> int | None:
+        """The id that ends a text or a turn, as the tokenizer says now."""
+        return self.tokenizer.eos_token_id
+
     def piece(self, token_id: int) -> bytes:
-        """Bytes of one id as it stands inside a text; ``b""`` for specials and for ids that are holes in the vocabulary."""
+        """Bytes of one id as it stands inside a text; ``b""`` for specials and for holes in the vocabulary."""
         found = self._cache.get(token_id)
         if found is None:
             found = self._cache[token_id] = self._compute_piece(int(token_id))
@@ -98,16 +104,18 @@ class ByteView:
 
         The pieces always concatenate to ``text.encode()``: where a tokenizer drops or rewrites characters (white space,
         case, accents) the pieces are cut from the text by the tokenizer's offsets, and what lies between two tokens
-        goes to the later one (what trails, to the last).
+        goes to the later one (what trails, to the last). The one exception is a text without a single token (white
+        space, to WordPiece): no pieces at all.
 
         Raises:
             ValueError: the tokenizer neither gives exact bytes from ids nor offsets (a slow tokenizer that normalises).
         """
         data = text.encode("utf-8")
         ids = tuple(self.tokenizer.encode(text, add_special_tokens=special))
-        pieces = self.pieces(ids, at_start=True)
-        if b"".join(pieces) == data:
-            return ids, pieces
+        for at_start in (True, False):  # a text that begins with a space of its own may not have been given another
+            pieces = self.pieces(ids, at_start=at_start)
+            if b"".join(pieces) == data:
+                return ids, pieces
         if not getattr(self.tokenizer, "is_fast", False):
             raise ValueError(
                 "this tokenizer rewrites its text and is a slow one, so its tokens cannot be traced back to bytes; "
@@ -123,17 +131,17 @@ class ByteView:
             cut = start if token_id in self.special_ids and token_id != self.tokenizer.unk_token_id else max(cut, start)
             out.append(data[start:cut])
             start = cut
-        carriers = [k for k, piece in enumerate(out) if piece]
-        if start < len(data) and carriers:
-            out[carriers[-1]] += data[start:]
+        if out and start < len(data):
+            last = next((k for k in reversed(range(len(out))) if out[k]), len(out) - 1)
+            out[last] += data[start:]
         return tuple(encoded["input_ids"]), tuple(out)
 
     def _compute_piece(self, token_id: int) -> bytes:
-        if token_id in self._added:
-            return b"" if token_id in self.special_ids else self._added[token_id].encode("utf-8")
         token = self._token_of.get(token_id)
         if token is None or token_id in self.special_ids:
             return b""
+        if token_id in self._added and self.family != "byte_fallback":  # there ▁ is a space in added tokens, too
+            return token.encode("utf-8")
         if self.family == "byte_level":
             exact = _strip_byte_level(token)
             return token.encode("utf-8") if exact is None else exact
@@ -147,9 +155,9 @@ _views: WeakKeyDictionary[Any, ByteView] = WeakKeyDictionary()
 
 
 def byte_view(tokenizer: Any) -> ByteView:
-    """The `ByteView` of a tokenizer, made once and kept as long as the tokenizer lives."""
+    """The `ByteView` of a tokenizer, made once, and again when tokens were added to it."""
     view = _views.get(tokenizer)
-    if view is None:
+    if view is None or view.size != len(tokenizer):
         view = _views[tokenizer] = ByteView(tokenizer)
     return view
 

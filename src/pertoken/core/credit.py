@@ -38,11 +38,11 @@ class Credit:
 
     Attributes:
         trace: the tokens the values stand on.
-        values: float64 of shape (tokens of `over`,); 0 on completion tokens the policy did not emit.
+        values: float64 of shape (tokens of `over`,), copied; 0 on completion tokens the policy did not emit.
         kind: reward, advantage, weight, logratio, surprisal, entropy, kl, attribution or probability.
         over: which tokens: ``completion`` (default), ``prompt`` or ``all``.
         level: ``token``; ``span`` if values are constant over marked spans; ``sequence`` if one number stands on the
-            last token and zeros before it.
+            last token (that the policy emitted) and zeros elsewhere.
         method, version: catalog slug and version of the method that made it.
         meta: provenance and named parts (JSON values).
 
@@ -60,7 +60,7 @@ class Credit:
     meta: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        values = np.asarray(self.values, np.float64)
+        values = np.array(self.values, np.float64)
         object.__setattr__(self, "values", values)
         if self.kind not in EXTENSIVE | INTENSIVE:
             raise ValueError(f"kind={self.kind!r} is not one of {', '.join(sorted(EXTENSIVE | INTENSIVE))}")
@@ -75,10 +75,8 @@ class Credit:
 
     @classmethod
     def of_sequence(cls, trace: Trace, value: float, **options: Any) -> Credit:
-        """A sequence-level number: on the last completion token, zeros before it (nothing if there is no token)."""
-        values = np.zeros(len(trace))
-        values[-1:] = value
-        return cls(trace=trace, values=values, level="sequence", **options)
+        """A sequence-level number: on the last emitted completion token, else zeros (nothing if there is no token)."""
+        return cls(trace=trace, values=_on_last(trace.mask, value), level="sequence", **options)
 
     @property
     def extensive(self) -> bool:
@@ -87,24 +85,24 @@ class Credit:
 
     def reduce(self, how: str = "sum") -> float:
         """One number: ``sum``, ``mean``, ``max``, ``min`` or ``last``, over the tokens that the policy emitted."""
-        if how not in _REDUCE:
-            raise ValueError(f"reduce={how!r} is not one of {', '.join(_REDUCE)}")
-        return _REDUCE[how](self.values[self._mask()])
+        return _reduce(self.values[_mask(self.trace, self.over)], how)
 
     def map(self, function: Callable[[np.ndarray], np.ndarray], **changes: Any) -> Credit:
         """The same credit with ``function(values)``; `changes` may name another kind, level or method."""
         return dataclasses.replace(self, values=function(self.values), **changes)
 
     def __add__(self, other: Credit | float) -> Credit:
+        """With a credit on the same tokens, or with a number on every emitted token (a sequence-level credit: once)."""
         if isinstance(other, Credit):
             self._same_tokens(other)
             if other.kind != self.kind:
                 raise ValueError(
-                    f"adding {other.kind} to {self.kind}: say what the sum is with .map(lambda v: v, kind={self.kind!r})"
+                    f"adding {other.kind} to {self.kind}: say what the sum is, .map(lambda v: v, kind={self.kind!r})"
                 )
             joined = "+".join(m for m in (self.method, other.method) if m)
             return self.map(lambda v: v + other.values, level=_joint_level(self, other), method=joined)
-        return self.map(lambda v: v + other)
+        mask = _mask(self.trace, self.over)
+        return self.map(lambda v: v + (_on_last(mask, other) if self.level == "sequence" else other * mask))
 
     def __mul__(self, factor: float) -> Credit:
         return self.map(lambda v: v * factor)
@@ -119,8 +117,10 @@ class Credit:
         return self + (-other)
 
     def spans(self, bounds: Sequence[tuple[int, int]], how: str = "sum") -> list[float]:
-        """The credit of each byte span [start, end) of the text: the tokens that touch it, reduced by `how`."""
-        return [_REDUCE[how](self.values[self.trace.tokens_between(a, b, self.over)]) for a, b in bounds]
+        """The credit of each byte span [start, end) of the text: the emitted tokens that touch it, reduced by `how`."""
+        mask = _mask(self.trace, self.over)
+        touched = [self.trace.tokens_between(a, b, self.over) for a, b in bounds]
+        return [_reduce(self.values[tokens[mask[tokens]]], how) for tokens in touched]
 
     def to(self, target: Any) -> Credit:
         """The same credit on another tokenization of the same text.
@@ -129,24 +129,38 @@ class Credit:
             target: a tokenizer (the text is tokenized once with it) or a `Trace` of the same text.
 
         Returns:
-            Credit on the new trace. Values move by shared bytes (see the module's docstring). The terminator maps to the
-            terminator; any other zero-byte token's amount goes to its neighbour (the next token with bytes, else the
-            one before), and is counted in ``meta["moved_zero_byte"]``. Sampled log-probs do not carry over.
+            Credit on the new trace. Values move by shared bytes (see the module's docstring). The terminator maps to
+            the terminator; the amount of any other zero-byte token goes to its neighbour (the next emitted token with
+            bytes, else the one before; its level, if the kind is intensive, weighs nothing), and it is counted in
+            ``meta["moved_zero_byte"]``. So is a token whose bytes form no character (a completion cut off inside one),
+            because no other tokenizer can say them. A new zero-byte token has its neighbour's level. Recorded log-probs
+            do not carry over.
 
         Raises:
-            ValueError: the target trace says another text.
+            ValueError: the target says another text, or has no token for an amount to stand on.
         """
         new = target if isinstance(target, Trace) else _retokenize(self.trace, target)
         if new.tokenizer == self.trace.tokenizer and new.ids(self.over) == self.trace.ids(self.over):
             return dataclasses.replace(self, trace=new)
         old_pieces, new_pieces = self.trace.pieces(self.over), new.pieces(self.over)
-        if b"".join(old_pieces) != b"".join(new_pieces):
-            raise ValueError("the target trace says another text; credit moves only between tokenizations of one text")
-        both_end = self.over != "prompt" and self.trace.ended and new.ended
-        values, moved = _realign(self.values, old_pieces, new_pieces, self.extensive, both_end)
+        said = b"".join(new_pieces)
+        if b"".join(old_pieces) != said:
+            prompt, completion = _decodable(self.trace.prompt_pieces), _decodable(self.trace.completion_pieces)
+            old_pieces = {"prompt": prompt, "completion": completion, "all": prompt + completion}[self.over]
+        if b"".join(old_pieces) != said:
+            raise ValueError(
+                f"the target says {said[:80]!r}, this trace {b''.join(self.trace.pieces(self.over))[:80]!r}; "
+                "credit moves only between tokenizations of one text"
+            )
+        if not new.ids(self.over) and self.values.any():
+            raise ValueError(f"the target has no token in its {self.over}, so credit has nothing to stand on")
+        old_mask, new_mask = _mask(self.trace, self.over), _mask(new, self.over)
+        if self.level == "sequence":  # one number stays one number
+            return dataclasses.replace(self, trace=new, values=_on_last(new_mask, self.values.sum()))
+        terminators = old_pieces[-1:] == new_pieces[-1:] == (b"",) and self.over != "prompt"
+        both_end = terminators and self.trace.ended and new.ended
+        values, moved = _realign(self.values, old_pieces, new_pieces, old_mask, new_mask, self.extensive, both_end)
         meta = self.meta | ({"moved_zero_byte": self.meta.get("moved_zero_byte", 0) + moved} if moved else {})
-        if self.level == "sequence" and len(values):  # one number stays one number, on the new last token
-            values = np.concatenate([np.zeros(len(values) - 1), [self.values.sum()]])
         return dataclasses.replace(self, trace=new, values=values, meta=meta)
 
     def to_json(self) -> dict[str, Any]:
@@ -158,12 +172,6 @@ class Credit:
     def from_json(cls, data: dict[str, Any]) -> Credit:
         """The credit that `to_json` wrote."""
         return cls(**(data | {"trace": Trace.from_json(data["trace"]), "values": np.asarray(data["values"])}))
-
-    def _mask(self) -> np.ndarray:
-        prompt = np.ones(len(self.trace.prompt_ids), bool)
-        return {"completion": self.trace.mask, "prompt": prompt, "all": np.concatenate([prompt, self.trace.mask])}[
-            self.over
-        ]
 
     def _same_tokens(self, other: Credit) -> None:
         if self.trace.tokenizer != other.trace.tokenizer:
@@ -178,7 +186,7 @@ class Credit:
 def combine(credits: Sequence[Credit], weights: Sequence[float] | None = None, kind: str | None = None) -> Credit:
     """Weighted sum of credits on one trace; `kind` says what the sum is (default: the first one's kind).
 
-    The parts' reduced sums are kept in ``meta["parts"]``, by method.
+    The parts' reduced sums are kept in ``meta["parts"]``, by method; parts of one method are added.
     """
     if not credits:
         raise ValueError("nothing to combine; give at least one credit")
@@ -189,7 +197,10 @@ def combine(credits: Sequence[Credit], weights: Sequence[float] | None = None, k
     total = credits[0].map(lambda v: v * weights[0], kind=kind)
     for credit, weight in zip(credits[1:], weights[1:], strict=True):
         total = total + credit.map(lambda v, w=weight: v * w, kind=kind)
-    parts = {c.method or f"part{i}": w * c.reduce("sum") for i, (c, w) in enumerate(zip(credits, weights, strict=True))}
+    parts: dict[str, float] = {}
+    for i, (credit, weight) in enumerate(zip(credits, weights, strict=True)):
+        name = credit.method or f"part{i}"
+        parts[name] = parts.get(name, 0.0) + weight * credit.reduce("sum")
     return dataclasses.replace(total, meta=total.meta | {"parts": parts})
 
 
@@ -201,12 +212,12 @@ class Critique:
     spans: tuple[tuple[int, int, float], ...]
 
     def credit(self, trace: Trace, **options: Any) -> Credit:
-        """Span-level credit: each span's value on every token that touches it; overlapping spans add up."""
+        """Span-level credit: each span's value on every emitted token that touches it; overlapping spans add up."""
         values = np.zeros(len(trace))
         for start, end, value in self.spans:
             values[trace.tokens_between(start, end)] += value
         meta = {"critique": self.text} | options.pop("meta", {})
-        return Credit(trace=trace, values=values, level="span", meta=meta, **options)
+        return Credit(trace=trace, values=values * trace.mask, level="span", meta=meta, **options)
 
 
 def save_credits(credits: Iterable[Credit], path: str | Path) -> Path:
@@ -226,61 +237,99 @@ def load_credits(path: str | Path) -> list[Credit]:
         return [Credit.from_json(json.loads(line)) for line in lines if line.strip()]
 
 
+def _reduce(values: np.ndarray, how: str) -> float:
+    if how not in _REDUCE:
+        raise ValueError(f"reduce={how!r} is not one of {', '.join(_REDUCE)}")
+    return _REDUCE[how](values)
+
+
+def _mask(trace: Trace, over: str) -> np.ndarray:
+    """bool, one a token of `over`: not a completion token that the policy did not emit."""
+    prompt = np.ones(len(trace.prompt_ids), bool)
+    return {"completion": trace.mask, "prompt": prompt, "all": np.concatenate([prompt, trace.mask])}[over]
+
+
+def _on_last(mask: np.ndarray, value: float) -> np.ndarray:
+    """`value` where the mask holds for the last time, zeros elsewhere."""
+    values = np.zeros(len(mask))
+    values[np.flatnonzero(mask)[-1:]] = value
+    return values
+
+
 def _joint_level(a: Credit, b: Credit) -> str:
     return a.level if a.level == b.level else "token"
 
 
 def _retokenize(trace: Trace, tokenizer: Any) -> Trace:
     view = byte_view(tokenizer)
-    prompt_ids, prompt_pieces = view.pieces_of_text(trace.prompt_text)
-    ids, pieces = view.pieces_of_text(trace.text)
+    prompt_ids, prompt_pieces = view.pieces_of_text(b"".join(_decodable(trace.prompt_pieces)).decode("utf-8"))
+    ids, pieces = view.pieces_of_text(b"".join(_decodable(trace.completion_pieces)).decode("utf-8"))
     ended = trace.ended and view.eos_id is not None
     if ended:
         ids, pieces = (*ids, int(view.eos_id or 0)), (*pieces, b"")
+    emitted = None
+    if trace.emitted is not None:  # a token that holds a byte the policy emitted counts as emitted
+        old, every = _decodable(trace.completion_pieces), np.ones(len(ids), bool)
+        emitted = tuple(_realign(trace.mask.astype(float), old, pieces, trace.mask, every, False, ended)[0] > 0)
     return Trace(
         prompt_ids=prompt_ids,
         prompt_pieces=prompt_pieces,
         completion_ids=ids,
         completion_pieces=pieces,
         tokenizer=view.fingerprint,
+        emitted=emitted,
         ended=ended,
         meta=trace.meta,
     )
 
 
+def _decodable(pieces: Sequence[bytes]) -> tuple[bytes, ...]:
+    """The pieces without the bytes that form no character: a completion that was cut off may end inside one."""
+    text = b"".join(pieces).decode("utf-8", "surrogateescape")
+    kept = (ok for c in text for ok in ([False] if "\udc80" <= c <= "\udcff" else [True] * len(c.encode("utf-8"))))
+    return tuple(bytes(byte for byte in piece if next(kept)) for piece in pieces)
+
+
 def _realign(
-    values: np.ndarray, old: Sequence[bytes], new: Sequence[bytes], extensive: bool, both_end: bool
+    values: np.ndarray,
+    old: Sequence[bytes],
+    new: Sequence[bytes],
+    old_mask: np.ndarray,
+    new_mask: np.ndarray,
+    extensive: bool,
+    both_end: bool,
 ) -> tuple[np.ndarray, int]:
-    """Move values from one cutting of a byte string to another. Returns the values and how many were moved aside."""
-    out = np.zeros(len(new))
-    weight = np.zeros(len(new))
-    old_ends, new_ends = np.cumsum([len(p) for p in old]), np.cumsum([len(p) for p in new])
-    carriers = [j for j, piece in enumerate(new) if piece]
-    moved = 0
-    j = 0
-    for i, piece in enumerate(old):
-        if not piece:
-            if both_end and i == len(old) - 1:
-                out[-1], weight[-1] = values[i], 1.0
-            elif extensive and carriers:
-                start = old_ends[i]
-                later = [k for k in carriers if new_ends[k] > start]
-                out[later[0] if later else carriers[-1]] += values[i]
-                moved += 1
-            elif len(new) and extensive:
-                out[-1] += values[i]
-                moved += 1
-            continue
-        start, end = old_ends[i] - len(piece), old_ends[i]
-        while j < len(new) and new_ends[j] <= start:
-            j += 1
-        k = j
-        while k < len(new) and new_ends[k] - len(new[k]) < end:
-            shared = min(end, new_ends[k]) - max(start, new_ends[k] - len(new[k]))
-            if shared > 0:
-                out[k] += values[i] * (shared / len(piece) if extensive else shared)
-                weight[k] += shared
-            k += 1
-    if not extensive:
-        out = np.divide(out, weight, out=np.zeros_like(out), where=weight > 0)
-    return out, moved
+    """Move values from one cutting of a byte string to another.
+
+    Args:
+        values: one an old token.
+        old, new: the pieces; both concatenate to the same bytes.
+        old_mask, new_mask: which tokens the policy emitted; the others weigh nothing and receive no zero-byte amount.
+        extensive: amounts rather than levels.
+        both_end: the last token of either is its terminator.
+
+    Returns:
+        Values, one a new token, and how many emitted zero-byte tokens were moved aside.
+    """
+    sizes, new_sizes = (np.array([len(p) for p in pieces], int) for pieces in (old, new))
+    old_of_byte, new_of_byte = np.repeat(np.arange(len(old)), sizes), np.repeat(np.arange(len(new)), new_sizes)
+    share = 1.0 / sizes[old_of_byte] if extensive else old_mask[old_of_byte].astype(float)
+    out = np.bincount(new_of_byte, values[old_of_byte] * share, len(new))
+    weight = np.bincount(new_of_byte, share, len(new))
+    if both_end:
+        out[-1], weight[-1] = values[-1], 1.0
+    aside = np.flatnonzero(sizes[:-1] == 0 if both_end else sizes == 0)
+    homes = np.flatnonzero(new_mask[new_of_byte])
+
+    def neighbour(start: int) -> int:
+        """The token of the first emitted byte from `start` on, else of the last one before, else the last token."""
+        return int(new_of_byte[homes[min(np.searchsorted(homes, start), len(homes) - 1)]]) if len(homes) else -1
+
+    if extensive:
+        for i in aside if len(new) else ():
+            out[neighbour(sizes[:i].sum())] += values[i]
+        return out, int(old_mask[aside].sum())
+    out = np.divide(out, weight, out=np.zeros_like(out), where=weight > 0)
+    for k in np.flatnonzero((new_sizes == 0) & (weight == 0) & new_mask):  # nothing says its level
+        out[k] = out[neighbour(new_sizes[:k].sum())]
+    return out, int(old_mask[aside].sum())

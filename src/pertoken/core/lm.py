@@ -114,7 +114,9 @@ class LM:
         ids, pieces = self.view.pieces_of_text(text)
         return ((*ids, self.terminator), (*pieces, b"")) if ended else (ids, pieces)
 
-    def trace(self, prompt: Prompt, completion: str, ended: bool = True, system: str | None = None, **meta: Any) -> Trace:
+    def trace(
+        self, prompt: Prompt, completion: str, ended: bool = True, system: str | None = None, **meta: Any
+    ) -> Trace:
         """The trace of one prompt and one response given as text."""
         ids, pieces = self.encode_completion(completion, ended)
         return self.trace_of_ids(self.encode_prompt(prompt, system), ids, pieces, ended=ended, meta=meta)
@@ -138,37 +140,35 @@ class LM:
         (user, tool) are in it as ids that the policy did not emit.
 
         Raises:
-            ValueError: the response does not begin with an assistant turn, or the template rewrites earlier turns.
+            ValueError: a response that does not begin and end with an assistant turn; a template that rewrites earlier
+                turns.
         """
         if not response or response[0]["role"] != "assistant":
             raise ValueError("a response starts with an assistant turn; put earlier turns into the prompt")
+        if response[-1]["role"] != "assistant":
+            raise ValueError("a response ends with an assistant turn; leave out what follows it")
         prompt_ids = self.encode_prompt(prompt)
         ids: list[int] = []
         pieces: list[bytes] = []
         emitted: list[bool] = []
-        said = list(prompt)
-        k = 0
-        while k < len(response):
+        said = _messages(prompt, None)
+        starts = [k for k, turn in enumerate(response) if turn["role"] == "assistant"]
+        for k, following in zip(starts, [*starts[1:], None], strict=True):
             turn_ids, turn_pieces = self.encode_completion(response[k]["content"])
             ids += turn_ids
             pieces += turn_pieces
             emitted += [True] * len(turn_ids)
+            if following is None:
+                break
             before = self._render(said) + response[k]["content"] + self.tokenizer.decode([self.terminator])
-            said.append(dict(response[k]))
-            k += 1
-            others = []
-            while k < len(response) and response[k]["role"] != "assistant":
-                others.append(dict(response[k]))
-                k += 1
-            if others and k < len(response):
-                said += others
-                text = self._render(said)
-                if not text.startswith(before):
-                    raise ValueError("this chat template rewrites earlier turns; give one assistant turn a row instead")
-                between = self.tokenizer.encode(text[len(before) :], add_special_tokens=False)
-                ids += between
-                pieces += self.view.pieces(between)
-                emitted += [False] * len(between)
+            said += [dict(turn) for turn in response[k:following]]
+            text = self._render(said)
+            if not text.startswith(before):
+                raise ValueError("this chat template rewrites earlier turns; give one assistant turn a row instead")
+            between = self.tokenizer.encode(text[len(before) :], add_special_tokens=False)
+            ids += between
+            pieces += self.view.pieces(between)
+            emitted += [False] * len(between)
         return self.trace_of_ids(prompt_ids, ids, pieces, emitted=tuple(emitted), ended=True, meta=meta)
 
     # ---- the model
@@ -215,11 +215,13 @@ class LM:
         attention implementation, tokenizer and template hashes. Computed once; call `changed` after training."""
         if self._identity is None:
             digest = hashlib.blake2b(digest_size=16)
-            for key, tensor in sorted(self.model.state_dict().items()):
-                if self.adapter_off and "lora_" in key:
-                    continue
+            weights = self.model.state_dict()
+            if self.adapter_off:  # the same numbers as the model without adapters, so the same identity
+                plain = ((k.removeprefix("base_model.model.").replace(".base_layer.", "."), k) for k in weights)
+                weights = {name: weights[key] for name, key in plain if "lora_" not in key}
+            for key, tensor in sorted(weights.items()):
                 digest.update(key.encode())
-                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+                digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
             template = str(getattr(self.tokenizer, "chat_template", "")) + self.template
             self._identity = {
                 "name": self.name,
@@ -239,7 +241,8 @@ class LM:
     def save(self, folder: str | Path) -> Path:
         """Model (or adapter) and tokenizer as a folder that `load` and transformers read."""
         folder = Path(folder)
-        self.model.save_pretrained(folder)
+        with _quiet():
+            self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         return folder
 
@@ -297,13 +300,14 @@ def load(
     base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else path
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            base, dtype=_DTYPES[dtype], attn_implementation=attention, **options
-        )
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(path, **options)
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                base, dtype=_DTYPES[dtype], attn_implementation=attention, **options
+            )
     except (OSError, ImportError) as error:
         raise ValueError(
-            f"no model at {str(source)!r}: give a folder, {EMBEDDED!r} or a Hub id that this machine can reach ({error})"
+            f"no model at {str(source)!r}: give a folder, {EMBEDDED!r}, or a Hub id in reach of this machine ({error})"
         ) from error
     if adapter.exists():
         from peft import PeftModel
@@ -317,6 +321,20 @@ def load(
         )
     model.to(device).eval()  # eval: dropout off, so that packed equals flat; gradients flow all the same
     return LM(model, tokenizer, name=str(source), note=note, template=template)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers' own bars are off inside: a load is one step of ours."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def embedded_folder() -> Path:
@@ -364,7 +382,8 @@ def same_vocabulary(a: LM, b: LM) -> None:
     if a.view.fingerprint != b.view.fingerprint:
         raise ValueError(
             f"{a.name or 'one model'} and {b.name or 'the other'} have different tokenizers "
-            f"({a.view.fingerprint}, {b.view.fingerprint}); use a reference of the same family, or move credit with Credit.to"
+            f"({a.view.fingerprint}, {b.view.fingerprint}); use a reference of the same family, or move credit with "
+            "Credit.to"
         )
 
 

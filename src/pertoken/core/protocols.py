@@ -106,12 +106,17 @@ class Preparation(Protocol):
     groups: list[Group]
     policy: LM
 
+    @property
+    def every(self) -> list[Group]:
+        """Training groups, then held-out ones: both are evaluated, so both want the columns."""
+        ...
+
     def scorer(self, slug: str, **options: Any) -> Scorer:
         """A scorer of the catalog, ready to score (models filled in)."""
         ...
 
     def credits(self, name: str, scorer: Scorer) -> list[list[np.ndarray]]:
-        """Token values of every completion of every group by a scorer, computed once and kept as a stage."""
+        """Token values of every completion of `every` by a scorer, computed once and kept as a stage."""
         ...
 
     def train(self, slug: str, **options: Any) -> LM:

@@ -16,6 +16,13 @@ if TYPE_CHECKING:
     from .bytes import ByteView
 
 _OVER = ("completion", "prompt", "all")
+_ENTRIES = {
+    "prompt_ids": int,
+    "completion_ids": int,
+    "prompt_pieces": bytes,
+    "completion_pieces": bytes,
+    "emitted": bool,
+}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -35,6 +42,8 @@ class Trace:
         sampling: how it was drawn (temperature, top_p, top_k, model, seed), empty if it was not sampled here.
         meta: anything a user wants to carry along; JSON values only.
 
+    Ids, pieces and `emitted` may be given as any sequence, and are kept as tuples.
+
     Raises:
         ValueError: lengths that disagree.
     """
@@ -52,8 +61,15 @@ class Trace:
     meta: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
+        for name, kind in _ENTRIES.items():
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, tuple) and all(type(v) is kind for v in value)):
+                object.__setattr__(self, name, tuple(map(kind, value)))
+        for name in ("sampled_logps", "policy_logps"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, np.asarray(getattr(self, name), np.float64))
         if len(self.prompt_ids) != len(self.prompt_pieces):
-            raise ValueError(f"{len(self.prompt_ids)} prompt ids but {len(self.prompt_pieces)} pieces; give one a token")
+            raise ValueError(f"{len(self.prompt_ids)} prompt ids, {len(self.prompt_pieces)} pieces; give one a token")
         t = len(self.completion_ids)
         for name in ("completion_pieces", "emitted", "sampled_logps", "policy_logps"):
             value = getattr(self, name)
@@ -115,9 +131,9 @@ class Trace:
                 f"the new prompt's tokenizer ({view.fingerprint}) is not the trace's ({self.tokenizer}); "
                 "encode it with the trace's own tokenizer"
             )
-        ids = tuple(int(i) for i in prompt_ids)
+        pieces = view.pieces(prompt_ids, at_start=True)
         return dataclasses.replace(
-            self, prompt_ids=ids, prompt_pieces=view.pieces(ids, at_start=True), sampled_logps=None, policy_logps=None
+            self, prompt_ids=prompt_ids, prompt_pieces=pieces, sampled_logps=None, policy_logps=None
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -142,12 +158,6 @@ class Trace:
         values = {k: v for k, v in data.items() if k in known}
         for name in ("prompt_pieces", "completion_pieces"):
             values[name] = tuple(p.encode("latin-1") for p in values[name])
-        for name in ("sampled_logps", "policy_logps"):
-            if values.get(name) is not None:
-                values[name] = np.asarray(values[name], np.float64)
-        for name in ("prompt_ids", "completion_ids", "emitted"):
-            if values.get(name) is not None:
-                values[name] = tuple(values[name])
         return cls(**values)
 
 

@@ -5,8 +5,8 @@ Zhou, Zhang, Zhao, Meng, ACL 2025, arXiv 2412.02685 (steps 1 and 2; `t-reg` trai
     rhat_t = sigmoid( log pi_eval(y_t|x_better,y_<t) - log pi_eval(y_t|x_worse,y_<t) ) - 0.5      in (-0.5, 0.5)
 
 Both prompts ask for a revision of y and contain the question and y as the draft. y is never generated and never
-tokenized again: its ids are teacher-forced after either prompt. The terminator is scored like any other token, tokens
-that the policy did not emit are 0. Computed as tanh(x / 2) / 2, the same number: swapping the prompts negates it exactly.
+tokenized again: its ids are teacher-forced after either prompt. The terminator is scored like any other token; what
+the policy did not emit is 0. rhat is computed as tanh(x / 2) / 2, so that swapping the prompts negates it exactly.
 
 Small models copy the draft under both prompts, so that mean |rhat| (in ``meta["mean_abs"]``) is near 0: give them
 ``axis="tone", draft=False``. In place of two prompts of one model, two class-conditional models (`policies`) will do.
@@ -57,7 +57,7 @@ class ContrastivePrompt:
     draft: bool = True
     """Put the response into the prompts as the draft to revise; switch it off for small models."""
     better: str = ""
-    """x_better in your own words, with {question} and {draft} (or one of them) as placeholders; overrides axis, draft."""
+    """x_better in your own words, with {question} and {draft} where they belong; overrides axis and draft."""
     worse: str = ""
     """x_worse, likewise."""
     max_length: int | None = None
@@ -153,8 +153,8 @@ class ContrastivePrompt:
             total = len(q) + len(d)
             if not total:
                 raise ValueError(
-                    f"beside the {len(trace)} tokens of the response of {name}, {limit} tokens do not hold the prompt's own "
-                    "words; give shorter ones (better, worse), or take a scorer with a longer context"
+                    f"the response of {name} takes {len(trace)} of {limit} tokens, too many beside the "
+                    "prompt's own words; give shorter prompts (better, worse), or take a scorer with a longer context"
                 )
             from_q = min(len(q), -(-over * len(q) // total))
             q, d = q[from_q:], d[: max(len(d) - max(over - from_q, 0), 0)]

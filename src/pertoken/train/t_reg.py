@@ -14,8 +14,8 @@ Both regularisers have the same sign. The gradient is DPO's with tilted token we
 SimPO (`base="simpo"`): r = beta/|y| sum_t log pi, w = sigmoid(r(y_l) - r(y_w) + gamma), and L_REG is divided by |y|.
 
 Units: log-probs in nats; rhat in (-0.5, 0.5) from `contrastive` and `dpo`, 1 or 0 from `sft`, as given from `credit`.
-`dpo` (the paper's ablation) trains a DPO model and takes rhat = sigmoid(log pi_dpo - log pi_ref) - 0.5; the squashing is
-our reading, so that |rhat| < 0.5 holds there too. `alpha=0` is DPO (SimPO) to the bit and prepares nothing.
+`dpo` (the paper's ablation) trains a DPO model and takes rhat = sigmoid(log pi_dpo - log pi_ref) - 0.5; the squashing
+is our reading, so that |rhat| < 0.5 holds there too. `alpha=0` is DPO (SimPO) to the bit and prepares nothing.
 
 Differs from the authors' code: it was not released when this was written. The SimPO form is reconstructed.
 """
@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..core.data import Group
 from ..core.protocols import Batch, Loss, Preparation, as_scorer
 from ..core.stats import Stats, masked_mean, masked_sum
 from ._preference import LOGP, implicit_rewards, length_normalized_rewards, log_sigmoid_loss, pair_loss
@@ -55,7 +56,7 @@ def token_reward_from_logratio(logp_better: Tensor, logp_worse: Tensor) -> Tenso
         bad = (~torch.isfinite(logp)).nonzero()
         if len(bad):
             where = tuple(bad[0].tolist())
-            raise ValueError(f"the log-prob at token {where} is {logp[where].item()}; do not mask the scorer's vocabulary")
+            raise ValueError(f"the log-prob of token {where} is {logp[where].item()}; do not mask the vocabulary")
     return 0.5 * torch.tanh(0.5 * (logp_better - logp_worse)).detach()
 
 
@@ -143,27 +144,25 @@ class TReg:
         Raises:
             ValueError: ``token_reward="credit"`` and a row without that column.
         """
+        if self.base == "simpo" and self.beta < 1:
+            run.report(f"t-reg: warning: beta={self.beta} is of DPO's scale; SimPO's is 2 to 10, gamma 0.3 to 0.5 of it")
         if self.alpha == 0:
             return
         if self.token_reward == "credit":
-            bare = [group.example.row for group in run.groups if COLUMN not in group.columns]
-            if bare:
-                raise ValueError(
-                    f"token_reward='credit' needs the column {COLUMN!r}, which row {bare[0]} and {len(bare) - 1} more "
-                    f"lack; score the data first and add it: group.add_column({COLUMN!r}, [credit.values, ...])"
-                )
+            _check_column(run.every)
         else:
-            for group, values in zip(run.groups, self._token_rewards(run), strict=True):
+            for group, values in zip(run.every, self._token_rewards(run), strict=True):
                 group.add_column(COLUMN, [v * trace.mask for v, trace in zip(values, group.traces, strict=True)])
         _report(run, self.token_reward)
 
     def _token_rewards(self, run: Preparation) -> list[list[np.ndarray]]:
         if self.token_reward == "sft":
-            return [[np.full(len(trace), 1.0 - k) for k, trace in enumerate(group.pair)] for group in run.groups]
+            return [[np.full(len(trace), 1.0 - k) for k, trace in enumerate(group.pair)] for group in run.every]
         if self.token_reward == "dpo":
-            trained = run.train("dpo", beta=self.beta if self.base == "dpo" else 0.1)  # SimPO's beta is of another scale
+            trained = run.train("dpo", beta=self.beta if self.base == "dpo" else 0.1)  # SimPO's is of another scale
             ratios = run.credits("dpo-logratio", run.scorer("logratio", beta=1.0, policy=trained))
-            return [[token_reward_from_logratio(torch.tensor(v), torch.zeros(len(v))).numpy() for v in k] for k in ratios]
+            squash = lambda v: token_reward_from_logratio(torch.tensor(v), torch.zeros(len(v))).numpy()
+            return [[squash(values) for values in completions] for completions in ratios]
         if self.scorer is not None:
             return run.credits("token-reward", as_scorer(self.scorer, on="trace"))
         return run.credits("token-reward", run.scorer("contrastive-prompt", **asdict(self.contrastive)))
@@ -188,7 +187,7 @@ class TReg:
         if self.alpha == 0:
             return pair_loss(log_sigmoid_loss(margin_B), rewards_N, stats, batch)
         if COLUMN not in batch.columns:
-            raise ValueError(f"T-REG weighs tokens by the column {COLUMN!r}, which is not there; run prepare, or add it")
+            raise ValueError(f"T-REG needs the column {COLUMN!r}, which is not there; run prepare, or add it")
         rhat_NT = batch.columns[COLUMN]
         reg_N = regularizer(policy.logp_NT, rhat_NT, policy.mask_NT, self.beta, mean=simpo)
         reg_B = reg_N[batch.chosen] + reg_N[batch.rejected] if self.scope == "both" else reg_N[batch.chosen]
@@ -201,6 +200,19 @@ class TReg:
             result.metrics["reg/rejected"] = (reg_N[batch.rejected].sum(), pairs)
             result.metrics["reg/token_reward"] = (size, policy.lengths().sum())
         return result
+
+
+def _check_column(groups: list[Group]) -> None:
+    """Every row has token rewards of its own: added to its group, or read with the data."""
+    for group in groups:
+        if COLUMN not in group.columns and COLUMN in group.example.extra:
+            group.add_column(COLUMN, group.example.extra[COLUMN])
+        values = group.columns.get(COLUMN)
+        if not isinstance(values, list) or not all(np.ndim(v) for v in values):
+            raise ValueError(
+                f"token_reward='credit' needs the column {COLUMN!r} with one value a token, which row "
+                f"{group.example.row} lacks; score the data and add it: group.add_column({COLUMN!r}, [c.values ...])"
+            )
 
 
 def _check_finite(name: str, stats: Stats, batch: Batch) -> None:
@@ -217,7 +229,7 @@ def _check_finite(name: str, stats: Stats, batch: Batch) -> None:
 def _report(run: Preparation, source: str) -> None:
     """Say how large the token rewards are, and what is odd about the pairs."""
     size, tokens, empty, same = 0.0, 0, [], []
-    for group in run.groups:
+    for group in run.every:
         for trace, values in zip(group.traces, group.columns[COLUMN], strict=True):
             size += float(np.abs(np.asarray(values)[trace.mask]).sum())
             tokens += int(trace.mask.sum())
@@ -228,9 +240,9 @@ def _report(run: Preparation, source: str) -> None:
     mean = size / max(tokens, 1)
     run.report(f"t-reg: mean |rhat| {mean:.4f} on {tokens} tokens ({source})")
     if mean < INERT:
-        advice = "; a small model answers to axis='tone' with draft=False, or take a larger one" * (source == "contrastive")
-        run.report(f"t-reg: warning: mean |rhat| is below {INERT}, so that the regulariser is nearly inert{advice}")
+        advice = "a small model answers to axis='tone' with draft=False" if source == "contrastive" else "scale it up"
+        run.report(f"t-reg: warning: mean |rhat| is below {INERT}, so the regulariser is nearly inert; {advice}")
     if empty:
-        run.report(f"t-reg: warning: {len(empty)} pairs with an empty response, whose L_REG is 0 (row {empty[0]} first)")
+        run.report(f"t-reg: warning: an empty response in {len(empty)} pairs (row {empty[0]} first): its L_REG is 0")
     if same:
-        run.report(f"t-reg: warning: {len(same)} pairs of identical responses: only rhat trains (row {same[0]} first)")
+        run.report(f"t-reg: warning: identical responses in {len(same)} pairs (row {same[0]} first): only rhat trains")

@@ -2,14 +2,14 @@
 
 Zeng, Liu, Ma, Yang, Zhang, Wang, ICML 2024, arXiv 2404.11999. With sums over the tokens t of a response y:
 
-    u(x,y) = sum_t log pi(y_t|.) - log pi_ref(y_t|.)                    D(x,y) = sum_t KL( pi_ref(.|.) || pi(.|.) )  >= 0
-    TDPO1: logits = [u(y_w) - u(y_l)] - [D(y_l) - D(y_w)]               gradient through both KLs
-    TDPO2: logits = [u(y_w) - u(y_l)] - alpha [D(y_l) - sg(D(y_w))]     sg: no gradient
+    u(x,y) = sum_t log pi(y_t|.) - log pi_ref(y_t|.)                   D(x,y) = sum_t KL( pi_ref(.|.) || pi(.|.) ) >= 0
+    TDPO1: logits = [u(y_w) - u(y_l)] - [D(y_l) - D(y_w)]              gradient through both KLs
+    TDPO2: logits = [u(y_w) - u(y_l)] - alpha [D(y_l) - sg(D(y_w))]    sg: no gradient
     L = -log sigmoid(beta * logits), mean over pairs
 
 u and D are in nats and summed over emitted tokens, the terminator included. The KL is forward (the reference comes
-first) and over the whole vocabulary: `core.stats` makes it inside the chunk, so cached log-probs of the labels do not do
-for the reference, and both models are run. Logged rewards are beta * (u + D), as in the release, and so are
+first) and over the whole vocabulary: `core.stats` makes it inside the chunk, from both models, so that cached log-probs
+of the labels are not enough. Logged rewards are beta * (u + D), as in the release, and so are
 ``rewards/accuracies``; ``accuracy_without_kl`` compares u alone.
 
 Differs from the authors' code: the reference goes through log_softmax with 0 log 0 = 0 (the release takes log(softmax),
@@ -64,7 +64,7 @@ class TDPO:
     alpha: float = 0.5
     """alpha, share of the KL difference in TDPO2 (0 is DPO); TDPO1 has none."""
     variant: Literal["tdpo1", "tdpo2"] = "tdpo2"
-    """tdpo1: the exact likelihood, for low learning rates; tdpo2: no gradient through the chosen KL, for higher ones."""
+    """tdpo1: exact likelihood, for low learning rates; tdpo2: no gradient through the chosen KL, for higher ones."""
     length_normalize: bool = False
     """Divide u and D by the response's tokens, so that long responses do not dominate (not in the paper)."""
 
@@ -75,7 +75,7 @@ class TDPO:
         if not self.beta > 0:
             raise ValueError(f"beta={self.beta} must be above 0")
         if not self.alpha >= 0:
-            raise ValueError(f"alpha={self.alpha} must not be negative: it would reward divergence of the rejected side")
+            raise ValueError(f"alpha={self.alpha} must not be negative, which would reward divergence")
         if self.variant not in ("tdpo1", "tdpo2"):
             raise ValueError(f"variant={self.variant!r} is not one of tdpo1, tdpo2")
 
@@ -96,6 +96,7 @@ class TDPO:
         losses_B = tdpo_loss(u_N[w], u_N[l], kl_N[w], kl_N[l], self.beta, self.alpha, self.variant)
         result = pair_loss(losses_B, self.beta * (u_N + kl_N).detach(), stats, batch)
         with torch.no_grad():
-            more = {"accuracy_without_kl": (u_N[w] > u_N[l]).to(u_N.dtype), "kl/chosen": kl_N[w], "kl/rejected": kl_N[l]}
+            right = (u_N[w] > u_N[l]).to(u_N.dtype)
+            more = {"accuracy_without_kl": right, "kl/chosen": kl_N[w], "kl/rejected": kl_N[l]}
             result.metrics.update({name: (value.sum(), float(len(value))) for name, value in more.items()})
         return result

@@ -1,0 +1,118 @@
+"""Experiments in a world: pairs sampled from a reference model, as groups whose ids are the sampled ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..core.data import Example, Group
+from ..core.lm import LM, load
+from ..core.rollout import Sampling, sample
+from ..core.trace import Trace
+from .grammar import GRAMMARS, Grammar, prompts, token_truth, train_lm
+
+
+def group_of(chosen: Trace, rejected: Trace, prompt: Any, scores: tuple[float, float], row: int, source: str) -> Group:
+    """A pair as a group: the traces' own ids, never encoded again."""
+    example = Example(
+        prompt=prompt, responses=(chosen.text, rejected.text), kind="pair", scores=scores, row=row, source=source
+    )
+    return Group(example=example, prompt_ids=chosen.prompt_ids, traces=(chosen, rejected))
+
+
+def best_and_worst(
+    traces: Sequence[Sequence[Trace]], score: Callable[[str], float], margin: float, source: str
+) -> tuple[list[Group], dict[str, int]]:
+    """Best and worst of each prompt's samples, if their scores differ by at least `margin`; what was skipped, by reason."""
+    groups: list[Group] = []
+    skipped = {"fewer than two different": 0, "margin": 0}
+    for drawn in traces:
+        unique = list({t.completion_ids: t for t in drawn if t.text.strip()}.values())
+        scores = [float(score(t.text)) for t in unique]
+        if len(unique) < 2:
+            skipped["fewer than two different"] += 1
+            continue
+        best, worst = int(np.argmax(scores)), int(np.argmin(scores))
+        if scores[best] - scores[worst] < margin:
+            skipped["margin"] += 1
+            continue
+        prompt = unique[best].meta.get("prompt", unique[best].prompt_text)
+        pair = (unique[best], unique[worst])
+        groups.append(group_of(*pair, prompt, (scores[best], scores[worst]), len(groups), source))
+    return groups, skipped
+
+
+@dataclass(frozen=True)
+class GrammarPairs:
+    """Pairs of a grammar world.
+
+    Attributes:
+        grammar, base: the language, and the folder of the LM that was trained on it (start and reference of every arm).
+        train, held_out: pairs on training and on held-out prompts. prompts: ids of the held-out prompts.
+    """
+
+    grammar: Grammar
+    base: str
+    train: list[Group]
+    held_out: list[Group]
+    prompts: list[tuple[int, ...]]
+
+    def policy(self) -> LM:
+        """A fresh copy of the base model."""
+        return load(self.base, device="cpu", attention="sdpa")
+
+    def truth(self, trace: Trace) -> np.ndarray:
+        """True credit of each completion token."""
+        return token_truth(self.grammar, trace.text, eos=trace.ended)
+
+    def truths(self) -> list[np.ndarray]:
+        """Of every held-out completion, in order."""
+        return [self.truth(t) for g in self.held_out for t in g.traces]
+
+
+def grammar_pairs(
+    preset: str = "lexicon64",
+    *,
+    n_train: int = 400,
+    n_held_out: int = 200,
+    samples: int = 4,
+    margin: float = 1.0,
+    max_new_tokens: int = 40,
+    seed: int = 0,
+    progress: bool = True,
+) -> GrammarPairs:
+    """Sample pairs from the language model of a grammar; prompts repeat, with other samples, until there are enough.
+
+    Raises:
+        ValueError: the samples differ too little to give the pairs that were asked for.
+    """
+    grammar = GRAMMARS[preset]
+    base = str(train_lm(grammar, seed=0, progress=progress))
+    lm = load(base, device="cpu", attention="sdpa")
+    split = prompts(grammar)
+    sides = {}
+    for side, wanted in (("train", n_train), ("test", n_held_out)):
+        groups: list[Group] = []
+        for turn in range(8):
+            if len(groups) >= wanted:
+                break
+            asked = [split[side][i % len(split[side])] for i in range(2 * (wanted - len(groups)))]
+            sampling = Sampling(max_new_tokens=max_new_tokens)
+            where = seed * 1000 + turn * 2 + (side == "test")
+            drawn = sample(lm, asked, samples, sampling, seed=where, batch=512)
+            groups += best_and_worst(drawn, grammar.score, margin, f"grammar-{preset}")[0]
+        if len(groups) < wanted:
+            raise ValueError(f"{preset} gave {len(groups)} pairs of {wanted}; lower the margin ({margin})")
+        sides[side] = groups[:wanted]
+    ids = [lm.encode_prompt(p) for p in split["test"]]
+    return GrammarPairs(grammar, base, sides["train"], sides["test"], ids)
+
+
+def class_conditional(preset: str, *, progress: bool = True) -> tuple[LM, LM]:
+    """LMs trained on positive and on negative text of a grammar: they stand in for T-REG's better and worse prompts."""
+    folders = [train_lm(GRAMMARS[preset], seed=0, polarity=p, progress=progress) for p in ("positive", "negative")]
+    better, worse = (load(f, device="cpu", attention="sdpa") for f in folders)
+    return better, worse

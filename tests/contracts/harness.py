@@ -1,0 +1,164 @@
+"""One pass of an objective over tiny float64 models, laid out as a contract wants it. No training loop in between."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pertoken.catalog import Method, method
+from pertoken.core.data import Group
+from pertoken.core.examples import Example
+from pertoken.core.lm import LM
+from pertoken.core.packing import Cost, pack
+from pertoken.core.protocols import Batch
+from pertoken.core.stats import token_stats
+from pertoken.core.step import needs_of, with_mismatched
+from pertoken.core.trace import Trace
+from tests import tiny
+
+KINDS = {"pairs": "pair", "unpaired": "unpaired", "sft": "sft"}
+_ONE_PACK = Cost(linear=1.0, attention=0.0, launch=1e12)  # another forward is never worth it
+
+
+@lru_cache(maxsize=8)
+def model(name: str) -> LM:
+    """The tiny model that plays a part: the policy, and for every other name another seed of the same shape."""
+    seed = 0 if name == "policy" else 1 + sum(name.encode()) % 97
+    lm = tiny.lm(seed)
+    lm.context = 1024  # rotary positions have no end; the contrastive prompts are long in a vocabulary of bytes
+    return lm
+
+
+@lru_cache(maxsize=32)
+def state_of(objective: Any) -> nn.Module | None:
+    """The objective's own module, made once."""
+    make = getattr(objective, "init_state", None)
+    return make(model("policy").causal.config) if make else None
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one pass found: the loss's sum and count, the gradient of the sum (flat), metrics as (sum, count)."""
+
+    sum: float
+    count: float
+    grads: Tensor
+    metrics: dict[str, tuple[float, float]]
+
+    def __add__(self, other: Pass) -> Pass:
+        metrics = {k: (a + other.metrics[k][0], b + other.metrics[k][1]) for k, (a, b) in self.metrics.items()}
+        return Pass(self.sum + other.sum, self.count + other.count, self.grads + other.grads, metrics)
+
+
+def objective_pass(
+    objective: Any,
+    groups: Sequence[Group],
+    *,
+    tree: str = "auto",
+    chunk: int | None = None,
+    pad_left: bool = False,
+    models: Mapping[str, LM] | None = None,
+) -> Pass:
+    """Loss and gradients of one batch.
+
+    Args:
+        objective: of the room `train`.
+        groups: of `make_groups`, all of them one batch.
+        tree: as `pack`; chunk: positions that reach the LM head together; pad_left: padding first.
+        models: by name; default: `model` of each name.
+    """
+    needs, state = needs_of(objective), state_of(objective)
+    models = models or {name: model(name) for name in needs.stats}
+    packs = pack([g.traces for g in groups], cost=_ONE_PACK, tree=tree, max_tokens=1 << 20, pad_left=pad_left)
+    assert len(packs) == 1
+    stats = token_stats(models, packs[0], needs, chunk, trained="policy")
+    batch = make_batch(objective, groups, packs[0].order, tuple(packs[0].mask_NT.shape))
+    loss = objective.loss(stats, batch, state)
+    weights = [p for m in (models["policy"].model, state) if m is not None for p in m.parameters() if p.requires_grad]
+    found = torch.autograd.grad(loss.sum, weights, allow_unused=True)
+    grads = torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(weights, found)])
+    metrics = {name: (float(a), float(b)) for name, (a, b) in loss.metrics.items()}
+    return Pass(float(loss.sum.detach()), float(loss.count), grads, metrics)
+
+
+def make_batch(
+    objective: Any, groups: Sequence[Group], order: Sequence[tuple[int, int]], shape: tuple[int, ...]
+) -> Batch:
+    """What the objective sees beside the statistics, for completions in the order of a pack."""
+    columns: dict[str, Tensor] = {}
+    for name in groups[0].columns:
+        columns[name] = torch.zeros(shape, dtype=torch.float64)
+        for i, (g, k) in enumerate(order):
+            values = torch.as_tensor(groups[g].columns[name][k])
+            columns[name][i, : len(values)] = values
+    if getattr(objective, "mismatched", False):
+        columns["mismatched_N"] = torch.tensor([k == 1 for _, k in order])
+    pairs = label = None
+    if objective.data == "pairs":
+        place = {o: i for i, o in enumerate(order)}
+        pairs = torch.tensor([[place[g, 0], place[g, 1]] for g in range(len(groups))])
+    if objective.data == "unpaired":
+        label = torch.tensor([bool(groups[g].example.label) for g, _ in order])
+    return Batch(pairs, columns, label, tuple(groups[g].example.row for g, _ in order))
+
+
+def make_groups(
+    objective: Any, n: int = 4, seed: int = 0, completions: Sequence[Sequence[Trace]] | None = None
+) -> list[Group]:
+    """Random groups of the kind of data that the objective takes, with the columns that its `prepare` would give."""
+    kind = KINDS[objective.data]
+    k = 2 if kind == "pair" else 1
+    said = completions or tiny.groups(model("policy"), n=n, k=k, seed=seed)
+    groups = []
+    for row, traces in enumerate(said):
+        label = row % 2 == 0 if kind == "unpaired" else None
+        example = Example(prompt="?", responses=("!",) * k, kind=kind, label=label, row=row)
+        groups.append(Group(example=example, prompt_ids=traces[0].prompt_ids, traces=tuple(traces)))
+    if getattr(objective, "mismatched", False):
+        groups = with_mismatched(groups)
+    example_columns = getattr(type(objective), "example_columns", None)
+    if example_columns is not None:
+        rng = np.random.default_rng(seed)
+        for group in groups:
+            longest = max(len(t) for t in group.traces)
+            mask = np.zeros((len(group.traces), longest), bool)
+            for i, trace in enumerate(group.traces):
+                mask[i, : len(trace)] = trace.mask
+            for name, column in example_columns(rng, torch.from_numpy(mask)).items():
+                group.add_column(name, [np.asarray(row)[: len(t)] for row, t in zip(column, group.traces, strict=True)])
+    return groups
+
+
+def variants(row: Method) -> list[Any]:
+    """The method with its defaults, then with each other value of each option that is a choice or a switch."""
+    cls = method(row.slug)
+    hints = typing.get_type_hints(cls)
+    out = [cls()]
+    for field in dataclasses.fields(cls):
+        choices = typing.get_args(hints[field.name]) if typing.get_origin(hints[field.name]) is typing.Literal else ()
+        choices = (True, False) if hints[field.name] is bool else choices
+        out += [cls(**{field.name: choice}) for choice in choices if choice != getattr(out[0], field.name)]
+    return out
+
+
+def rebuild(cls: type, data: Any) -> Any:
+    """A dataclass from what `dataclasses.asdict` made of it, nested ones too."""
+    if not dataclasses.is_dataclass(cls) or not isinstance(data, dict):
+        return tuple(data) if isinstance(data, list) else data
+    hints = typing.get_type_hints(cls)
+    return cls(**{name: rebuild(hints[name], value) for name, value in data.items()})
+
+
+def make_scorer(row: Method) -> Any:
+    """A scorer of the catalog with tiny models in the fields called lm, policy or reference."""
+    cls = method(row.slug)
+    models = {"lm": "policy", "policy": "policy", "reference": "reference"}
+    return cls(**{f.name: model(models[f.name]) for f in dataclasses.fields(cls) if f.name in models})
