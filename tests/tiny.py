@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pertoken.core.lm import LM
@@ -32,13 +32,81 @@ def tokenizer(chat: bool = True, vocab: int = 320) -> PreTrainedTokenizerFast:
     bpe.decoder = decoders.ByteLevel()
     specials = ["<|start|>", "<|end|>", "<|pad|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=vocab, special_tokens=specials, initial_alphabet=alphabet))
-    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<|start|>", eos_token="<|end|>", pad_token="<|pad|>")
+    bpe.train_from_iterator(
+        TEXTS, trainers.BpeTrainer(vocab_size=vocab, special_tokens=specials, initial_alphabet=alphabet)
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<|start|>", eos_token="<|end|>", pad_token="<|pad|>"
+    )
     fast.chat_template = CHAT if chat else None
     return fast
 
 
-def llama(seed: int = 0, dtype: torch.dtype = torch.float64, vocab: int | None = None, layers: int = 2) -> LlamaForCausalLM:
+@lru_cache(maxsize=4)
+def sentencepiece(kind: str = "bpe", prefix: str = "always") -> PreTrainedTokenizerFast:
+    """A SentencePiece-like tokenizer with byte fallback: ``bpe`` (Llama 2's normaliser) or ``unigram`` (Metaspace)."""
+    specials = ["<unk>", "<s>", "</s>"]
+    raw = [f"<0x{byte:02X}>" for byte in range(256)]
+    if kind == "bpe":
+        trained = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+        trained.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        trained.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=400, special_tokens=specials + raw))
+        core = Tokenizer(trained.model)  # without the trainer's idea that raw bytes are special tokens
+        core.normalizer = trained.normalizer
+    else:
+        words = {w for text in TEXTS for w in text.replace(" ", " ▁").split(" ") if w.isascii()}
+        chars = sorted({c for text in TEXTS for c in text if c.isascii() and c != " "} | {"▁", "ï"})
+        pieces = [(c, -4.0) for c in chars] + [(w, -3.0) for w in sorted(words) if len(w) > 1]
+        vocab = [(t, 0.0) for t in specials] + [(t, -20.0) for t in raw] + pieces
+        core = Tokenizer(models.Unigram(vocab, unk_id=0, byte_fallback=True))
+        core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prefix)
+    undo = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    core.decoder = decoders.Sequence(undo)
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+@lru_cache(maxsize=1)
+def wordpiece() -> PreTrainedTokenizerFast:
+    """A BERT-like tokenizer: lower case, no accents, white space lost, no EOS."""
+    core = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    core.normalizer = normalizers.BertNormalizer(lowercase=True)
+    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    core.decoder = decoders.WordPiece()
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    core.train_from_iterator(TEXTS, trainers.WordPieceTrainer(vocab_size=200, special_tokens=specials))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]"
+    )
+
+
+def random_text(rng: np.random.Generator, longest: int = 40) -> str:
+    """Words, accents, emoji, CJK, Arabic, runs of white space; never empty, never white space alone."""
+    parts = [
+        "the ",
+        "plot",
+        " was",
+        "é",
+        "ï",
+        "😀",
+        "👩‍👧",
+        "日本",
+        " مرحبا",
+        "\n",
+        "  ",
+        " ",
+        "!",
+        "Film",
+        "zq",
+        "\t",
+        "ﬁ",
+        "0x",
+    ]
+    return "a" + "".join(parts[i] for i in rng.integers(0, len(parts), rng.integers(0, longest))) + "b"
+
+
+def llama(
+    seed: int = 0, dtype: torch.dtype = torch.float64, vocab: int | None = None, layers: int = 2
+) -> LlamaForCausalLM:
     """A random two-layer Llama of width 32, in evaluation mode."""
     config = LlamaConfig(
         vocab_size=vocab or len(tokenizer()),
@@ -68,6 +136,9 @@ def groups(lm: LM, n: int = 4, k: int = 2, seed: int = 0, longest: int = 9, prom
     for _ in range(n):
         ids = [int(i) for i in rng.integers(3, vocab, rng.integers(2, prompt + 1))]
         out.append(
-            [lm.trace_of_ids(ids, [int(i) for i in rng.integers(3, vocab, rng.integers(1, longest + 1))]) for _ in range(k)]
+            [
+                lm.trace_of_ids(ids, [int(i) for i in rng.integers(3, vocab, rng.integers(1, longest + 1))])
+                for _ in range(k)
+            ]
         )
     return out

@@ -105,7 +105,9 @@ def align(
     say = say or (lambda line: None)
     row = catalog.about(method)
     if row.room != "train":
-        raise ValueError(f"{method} is of the {row.room} room and trains nothing; pertoken methods --room train lists those")
+        raise ValueError(
+            f"{method} is of the {row.room} room and trains nothing; pertoken methods --room train lists those"
+        )
     objective = objective if objective is not None else catalog.method(method)()
     lm = load(options.model, dtype=options.dtype, lora=options.lora, template=options.template)
     groups, held_out, report = training_data(objective.data, options, lm, say)
@@ -138,7 +140,9 @@ def make_scorer(method: str, lm: LM | None = None, reference: LM | None = None, 
     """
     row = catalog.about(method)
     if row.room != "score":
-        raise ValueError(f"{method} is of the {row.room} room and scores nothing; pertoken methods --room score lists those")
+        raise ValueError(
+            f"{method} is of the {row.room} room and scores nothing; pertoken methods --room score lists those"
+        )
     kind = catalog.method(method)
     names = {f.name for f in dataclasses.fields(kind)}
     for name, model in (("lm", lm), ("policy", lm), ("reference", reference)):
@@ -152,9 +156,7 @@ def score_rows(
 ) -> tuple[list[list[Credit]], list[Trace], DataReport]:
     """Credit of each scorer on every response of some rows: (credits by scorer, traces, report)."""
     groups, report = encode(list(examples), lm, system=system)
-    traces = [
-        dataclasses.replace(t, meta={**t.meta, "prompt": g.example.prompt}) for g in groups for t in g.traces
-    ]
+    traces = [dataclasses.replace(t, meta={**t.meta, "prompt": g.example.prompt}) for g in groups for t in g.traces]
     return [s.score(traces) for s in scorers], traces, report
 
 

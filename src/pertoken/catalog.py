@@ -63,7 +63,9 @@ def _baseline(slug: str, title: str, paper: str, **fields: Any) -> Method:
 
 
 _ROWS = (
-    _baseline("sft", "Supervised fine-tuning on (chosen) responses", "", family="supervised", data="sft", level="token"),
+    _baseline(
+        "sft", "Supervised fine-tuning on (chosen) responses", "", family="supervised", data="sft", level="token"
+    ),
     _baseline("dpo", "Direct Preference Optimization", "2305.18290", data="pairs", models=("reference",)),
     _baseline("ipo", "Identity Preference Optimization", "2310.12036", data="pairs", models=("reference",)),
     _baseline("simpo", "Simple Preference Optimization with a reference-free reward", "2405.14734", data="pairs"),

@@ -66,7 +66,9 @@ def _methods(words: Sequence[str]) -> None:
     from .catalog import methods
 
     if "--help" in words or "-h" in words:
-        print("usage: pertoken methods [--room ROOM] [TEXT]\n\nLists the methods; TEXT filters by slug, title or arXiv id.")
+        print(
+            "usage: pertoken methods [--room ROOM] [TEXT]\n\nLists the methods; TEXT filters by slug, title or arXiv id."
+        )
         return
     words = [w for w in words if w != "--room"]
     rows = [m for m in methods() if all(w.lower() in f"{m.slug} {m.room} {m.title} {m.paper}".lower() for w in words)]
@@ -94,14 +96,20 @@ def _about(words: Sequence[str]) -> None:
     tree = ast.parse(Path(spec.origin).read_text("utf8")) if spec and spec.origin else None
     print(f"{row.slug} · {row.room} · {row.level}-level · {'arXiv ' + row.paper if row.paper else 'baseline'}\n")
     print(((ast.get_docstring(tree) if tree else "") or row.title) + "\n")
-    options = next((n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == attribute), None) if tree else None
+    options = (
+        next((n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == attribute), None) if tree else None
+    )
     body = options.body if options else []
     fields = [n for n in body if isinstance(n, ast.AnnAssign) and "ClassVar" not in ast.unparse(n.annotation)]
     if fields:
         print("Options:")
     for field in fields:
         after = body[body.index(field) + 1 : body.index(field) + 2]
-        text = after[0].value.value if after and isinstance(after[0], ast.Expr) and isinstance(after[0].value, ast.Constant) else ""
+        text = (
+            after[0].value.value
+            if after and isinstance(after[0], ast.Expr) and isinstance(after[0].value, ast.Constant)
+            else ""
+        )
         default = f" = {ast.unparse(field.value)}" if field.value else ""
         print(f"  {ast.unparse(field.target)}: {ast.unparse(field.annotation)}{default}\n      {text}")
     result = Path("results") / f"{row.slug}.json"
@@ -146,7 +154,9 @@ def _score(words: Sequence[str]) -> None:
     slugs, rest = _leading(words)
     args = _parse(_ScoreArgs, rest, "score METHOD [METHOD...]", "Put credit on the tokens of responses.")
     if not slugs:
-        raise ValueError("name a method: pertoken score vader --response '...'; pertoken methods --room score lists them")
+        raise ValueError(
+            "name a method: pertoken score vader --response '...'; pertoken methods --room score lists them"
+        )
     settings = _settings(args.set, slugs)
     lm = load(args.model)
     reference = load(args.reference) if args.reference else None
@@ -194,10 +204,14 @@ def _train(words: Sequence[str]) -> None:
 
     slugs, rest = _leading(words)
     if len(slugs) != 1:
-        raise ValueError("name one method: pertoken train dpo --data pairs.jsonl; pertoken methods --room train lists them")
+        raise ValueError(
+            "name one method: pertoken train dpo --data pairs.jsonl; pertoken methods --room train lists them"
+        )
     row = about(slugs[0])
     if row.room != "train":
-        raise ValueError(f"{row.slug} is of the {row.room} room and trains nothing; pertoken methods --room train lists those")
+        raise ValueError(
+            f"{row.slug} is of the {row.room} room and trains nothing; pertoken methods --room train lists those"
+        )
     from .run_file import read_run_file, without_config, write_run_file
 
     rest, config = without_config(rest)

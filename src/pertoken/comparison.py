@@ -162,7 +162,9 @@ def comparison_sections(
     return sections
 
 
-def credit_section(outcomes: Sequence[Outcome], before: Sequence[Sequence[Credit]] = (), titles: Sequence[str] = ()) -> Section:
+def credit_section(
+    outcomes: Sequence[Outcome], before: Sequence[Sequence[Credit]] = (), titles: Sequence[str] = ()
+) -> Section:
     """The same held-out answers under each method: r_t = beta * log-ratio, with other credit (`before`) above them."""
     first = {o.arm: o for o in reversed(outcomes)}
     loaded = {arm: [Credit.from_json(c) for c in o.figures["credits"]] for arm, o in first.items()}
@@ -184,8 +186,12 @@ def outcome_json(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     keep = [c.key for c in COLUMNS]
     out = []
     for o in outcomes:
-        means = {k: float(np.mean(o.figures[k])) for k in keep if o.figures.get(k) is not None and np.size(o.figures[k])}
-        out.append({"arm": o.arm, "seed": o.seed, **means, "updates": o.record["updates"], "seconds": o.record["seconds"]})
+        means = {
+            k: float(np.mean(o.figures[k])) for k in keep if o.figures.get(k) is not None and np.size(o.figures[k])
+        }
+        out.append(
+            {"arm": o.arm, "seed": o.seed, **means, "updates": o.record["updates"], "seconds": o.record["seconds"]}
+        )
     return out
 
 
@@ -239,7 +245,9 @@ def compare_train(names: Sequence[str], options: CompareOptions, settings: Mappi
 
     base = policy()
     loop = dataclasses.replace(options.loop, seed=options.seeds[0])
-    groups, held_out, report = api.training_data(arms[0].objective.data, dataclasses.replace(options, loop=loop), base, say)
+    groups, held_out, report = api.training_data(
+        arms[0].objective.data, dataclasses.replace(options, loop=loop), base, say
+    )
     out = Path(options.out)
     judge = api.make_scorer(options.reward, base) if options.reward else None
     unique = list(dict.fromkeys(g.prompt_ids for g in held_out))[: options.samples]
@@ -265,7 +273,11 @@ def compare_train(names: Sequence[str], options: CompareOptions, settings: Mappi
         versions={a.slug: catalog.about(a.slug).version for a in arms},
     )
     untouched = evaluation(base, base, options.seeds[0])
-    record = {"outcomes": outcome_json(outcomes), "data": list(report.lines()), "provenance": _provenance(base, arms, options)}
+    record = {
+        "outcomes": outcome_json(outcomes),
+        "data": list(report.lines()),
+        "provenance": _provenance(base, arms, options),
+    }
     write_json(out / "comparison.json", record)
     sections = [
         *comparison_sections("Side by side", outcomes, untouched),
@@ -274,7 +286,12 @@ def compare_train(names: Sequence[str], options: CompareOptions, settings: Mappi
         Provenance(data=record["provenance"]),
     ]
     title = " · ".join(a.name for a in arms)
-    return build_report(out, title=title, sections=sections, summary=f"{len(groups)} training and {len(held_out)} held-out rows, {len(options.seeds)} seed(s), {outcomes[0].record['updates']} updates.")
+    return build_report(
+        out,
+        title=title,
+        sections=sections,
+        summary=f"{len(groups)} training and {len(held_out)} held-out rows, {len(options.seeds)} seed(s), {outcomes[0].record['updates']} updates.",
+    )
 
 
 def _provenance(base: LM, arms: Sequence[Arm], options: CompareOptions) -> dict[str, Any]:

@@ -54,11 +54,9 @@ class DemoOptions:
     """Least difference of VADER's score in a pair."""
     alpha: float = 0.5
     """T-REG's weight of the regulariser."""
-    seed: int = 1
-    """Seed of sampling and training with SmolLM2."""
     seeds: tuple[int, ...] = (1, 2, 3)
     """Seeds in the grammar world."""
-    loop: LoopConfig = field(default_factory=lambda: LoopConfig(lr=1e-5, batch_size=8, epochs=1.0, save_every=6))
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(lr=1e-5, batch_size=8, save_every=6, seed=1))
     """How both methods are trained."""
 
 
@@ -101,7 +99,7 @@ def _smollm2(options: DemoOptions, out: Path, say: Say) -> dict[str, Any]:
     from .score.vader import compound, lexicon_labels
 
     lm = load(options.model)
-    train, held_out, skipped = _sentiment_pairs(options, lm, out, compound, say)
+    train, held_out, skipped = sentiment_pairs(options, lm, out, compound, say)
     say(f"{len(train)} training pairs, {len(held_out)} held-out pairs; prompts without a pair: {skipped}")
     shown = [t for g in held_out[:2] for t in g.traces]
     before, names = _credit_before(lm, shown, say), ("VADER (the reward)", "contrastive prompt (rhat)")
@@ -125,13 +123,13 @@ def _smollm2(options: DemoOptions, out: Path, say: Say) -> dict[str, Any]:
         held_out,
         options.loop,
         out / "sentiment",
-        seeds=(options.seed,),
+        seeds=(options.loop.seed,),
         resolve=catalog.method,
         evaluate=evaluation,
         say=say,
         versions={a.slug: catalog.about(a.slug).version for a in arms},
     )
-    untouched = _once(out / "sentiment" / "untouched.json", lambda: evaluation(lm, lm, options.seed))
+    untouched = _once(out / "sentiment" / "untouched.json", lambda: evaluation(lm, lm, options.loop.seed))
     return {
         "outcomes": outcomes,
         "untouched": untouched,
@@ -140,13 +138,13 @@ def _smollm2(options: DemoOptions, out: Path, say: Say) -> dict[str, Any]:
         "record": _record(outcomes, untouched, train, held_out, f"{lm.name}: {lm.note or 'as given'}"),
         "provenance": provenance(
             models={"start": lm.identity()},
-            seed=options.seed,
+            seed=options.loop.seed,
             methods={a.slug: catalog.about(a.slug).version for a in arms} | {"vader": 1, "contrastive-prompt": 1},
         ),
     }
 
 
-def _sentiment_pairs(
+def sentiment_pairs(
     options: DemoOptions, lm: LM, out: Path, reward: Callable[[str], float], say: Say
 ) -> tuple[list[Group], list[Group], dict[str, int]]:
     """Pairs on training and on held-out prompts, sampled once and kept as a stage (as traces, so ids are the truth)."""
@@ -162,12 +160,19 @@ def _sentiment_pairs(
             task = bar.add_task("sample from the model", total=count)
             for side, some in sides.items():
                 asked = [lm.encode_prompt(sentiment.messages(p)) for p in some]
-                drawn = sample(lm, asked, options.samples, sampling, seed=options.seed, progress=lambda n: bar.advance(task, n))
+                drawn = sample(
+                    lm,
+                    asked,
+                    options.samples,
+                    sampling,
+                    seed=options.loop.seed,
+                    progress=lambda n: bar.advance(task, n),
+                )
                 rows = [[t.to_json() | {"meta": {"prompt": p}} for t in ts] for p, ts in zip(some, drawn, strict=True)]
                 write_json(folder / f"{side}.json", rows)
 
     inputs = {"model": lm.identity(), "sampling": dataclasses.asdict(sampling), "sides": sides, "n": options.samples}
-    folder = Stages(out / "stages", say).run("samples", inputs | {"seed": options.seed}, make)
+    folder = Stages(out / "stages", say).run("samples", inputs | {"seed": options.loop.seed}, make)
     pairs, skipped = {}, {}
     for side in sides:
         traces = [[Trace.from_json(t) for t in some] for some in read_json(folder / f"{side}.json")]
@@ -230,7 +235,11 @@ def _once(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def _record(
-    outcomes: Sequence[Outcome], untouched: dict[str, Any], train: Sequence[Group], held_out: Sequence[Group], model: str
+    outcomes: Sequence[Outcome],
+    untouched: dict[str, Any],
+    train: Sequence[Group],
+    held_out: Sequence[Group],
+    model: str,
 ) -> dict[str, Any]:
     rows = [
         {k: (None if v is None else list(v) if isinstance(v, tuple) else v) for k, v in row.items()}
@@ -254,8 +263,16 @@ def _report(options: DemoOptions, out: Path, real: dict[str, Any], grammar: dict
     start, best = rows["untouched"]["reward"], max((rows["DPO"]["reward"], rows["T-REG"]["reward"]))
     record = real["record"]
     facts = (
-        ("mean VADER reward", f"{start.value:.2f} → {best.value:.2f}", "untouched model → the better of the two methods"),
-        ("pairs", str(record["training_pairs"]), f"sampled from {options.model} itself, {options.tokens} tokens at most"),
+        (
+            "mean VADER reward",
+            f"{start.value:.2f} → {best.value:.2f}",
+            "untouched model → the better of the two methods",
+        ),
+        (
+            "pairs",
+            str(record["training_pairs"]),
+            f"sampled from {options.model} itself, {options.tokens} tokens at most",
+        ),
         ("time", f"{seconds / 60:.1f} min", "everything on this page, on this machine's CPU"),
     )
     intro = (
@@ -280,8 +297,12 @@ def _report(options: DemoOptions, out: Path, real: dict[str, Any], grammar: dict
         Provenance(data=real["provenance"]),
     ]
     return build_report(
-        out, title="Aligning SmolLM2 with token-level credit", sections=sections, summary="DPO and T-REG, side by side on "
-        "the same pairs and budget, on held-out prompts.", facts=facts, baseline="untouched",
+        out,
+        title="Aligning SmolLM2 with token-level credit",
+        sections=sections,
+        summary="DPO and T-REG, side by side on the same pairs and budget, on held-out prompts.",
+        facts=facts,
+        baseline="untouched",
     )
 
 
@@ -291,7 +312,13 @@ def _verdict(grammar: dict[str, Any], real: dict[str, Any]) -> str:
     for where, part in (("With SmolLM2 (one seed)", real), ("In the grammar world (three seeds)", grammar)):
         rows = {row["name"]: row for row in summary_rows(part["outcomes"], part["untouched"])}
         words = []
-        for key, label in (("reward", "reward"), ("kl", "KL"), ("gap", "credit gap"), ("d_prime", "d'"), ("correct", "pair accuracy")):
+        for key, label in (
+            ("reward", "reward"),
+            ("kl", "KL"),
+            ("gap", "credit gap"),
+            ("d_prime", "d'"),
+            ("correct", "pair accuracy"),
+        ):
             a, b = rows["DPO"].get(key), rows["T-REG"].get(key)
             if a is None or b is None:
                 continue

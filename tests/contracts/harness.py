@@ -19,10 +19,11 @@ from pertoken.core.examples import Example
 from pertoken.core.lm import LM
 from pertoken.core.packing import Cost, pack
 from pertoken.core.protocols import Batch
-from pertoken.core.stats import token_stats
+from pertoken.core.stats import Stats, token_stats
 from pertoken.core.step import needs_of, with_mismatched
 from pertoken.core.trace import Trace
 from tests import tiny
+from tests.methods.one_pass import exact_lm
 
 KINDS = {"pairs": "pair", "unpaired": "unpaired", "sft": "sft"}
 _ONE_PACK = Cost(linear=1.0, attention=0.0, launch=1e12)  # another forward is never worth it
@@ -30,18 +31,29 @@ _ONE_PACK = Cost(linear=1.0, attention=0.0, launch=1e12)  # another forward is n
 
 @lru_cache(maxsize=8)
 def model(name: str) -> LM:
-    """The tiny model that plays a part: the policy, and for every other name another seed of the same shape."""
-    seed = 0 if name == "policy" else 1 + sum(name.encode()) % 97
-    lm = tiny.lm(seed)
-    lm.context = 1024  # rotary positions have no end; the contrastive prompts are long in a vocabulary of bytes
+    """The model that plays a part: for every name another seed of one shape, float64 throughout."""
+    return exact_lm(_seed(name))
+
+
+@lru_cache(maxsize=8)
+def scoring_model(name: str) -> LM:
+    """The same for scorers, whose prompts may be long: a tiny Llama, as its rotary positions have no end."""
+    lm = tiny.lm(_seed(name))
+    lm.context = 1024
     return lm
+
+
+def _seed(name: str) -> int:
+    return 0 if name == "policy" else 1 + sum(name.encode()) % 97
 
 
 @lru_cache(maxsize=32)
 def state_of(objective: Any) -> nn.Module | None:
-    """The objective's own module, made once."""
+    """The objective's own module, made once; whoever trains it takes a copy."""
     make = getattr(objective, "init_state", None)
-    return make(model("policy").causal.config) if make else None
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return make(model("policy").causal.config).double() if make else None
 
 
 @dataclass(frozen=True)
@@ -65,7 +77,9 @@ def objective_pass(
     tree: str = "auto",
     chunk: int | None = None,
     pad_left: bool = False,
+    outside: float | None = None,
     models: Mapping[str, LM] | None = None,
+    state: nn.Module | None = None,
 ) -> Pass:
     """Loss and gradients of one batch.
 
@@ -73,13 +87,16 @@ def objective_pass(
         objective: of the room `train`.
         groups: of `make_groups`, all of them one batch.
         tree: as `pack`; chunk: positions that reach the LM head together; pad_left: padding first.
-        models: by name; default: `model` of each name.
+        outside: a value that all statistics get on tokens that the policy did not emit, and beyond the ends.
+        models: by name; default: `model` of each name. state: default: `state_of` the objective.
     """
-    needs, state = needs_of(objective), state_of(objective)
+    needs, state = needs_of(objective), state or state_of(objective)
     models = models or {name: model(name) for name in needs.stats}
     packs = pack([g.traces for g in groups], cost=_ONE_PACK, tree=tree, max_tokens=1 << 20, pad_left=pad_left)
     assert len(packs) == 1
     stats = token_stats(models, packs[0], needs, chunk, trained="policy")
+    if outside is not None:
+        stats = {name: _with_outside(s, outside) for name, s in stats.items()}
     batch = make_batch(objective, groups, packs[0].order, tuple(packs[0].mask_NT.shape))
     loss = objective.loss(stats, batch, state)
     weights = [p for m in (models["policy"].model, state) if m is not None for p in m.parameters() if p.requires_grad]
@@ -87,6 +104,14 @@ def objective_pass(
     grads = torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(weights, found)])
     metrics = {name: (float(a), float(b)) for name, (a, b) in loss.metrics.items()}
     return Pass(float(loss.sum.detach()), float(loss.count), grads, metrics)
+
+
+def _with_outside(stats: Stats, value: float) -> Stats:
+    def fill(x_NT: Tensor) -> Tensor:
+        return torch.where(stats.mask_NT, x_NT, value) if x_NT.is_floating_point() and x_NT.ndim == 2 else x_NT
+
+    extra = {name: fill(x) for name, x in stats.extra.items()}
+    return Stats(stats.mask_NT, fill(stats.logp_NT), stats.present_NT, extra)
 
 
 def make_batch(
@@ -113,10 +138,16 @@ def make_batch(
 def make_groups(
     objective: Any, n: int = 4, seed: int = 0, completions: Sequence[Sequence[Trace]] | None = None
 ) -> list[Group]:
-    """Random groups of the kind of data that the objective takes, with the columns that its `prepare` would give."""
+    """Random groups of the kind of data that the objective takes, with the columns that its `prepare` would give.
+
+    Every second token of the longest first response was not emitted by the policy.
+    """
     kind = KINDS[objective.data]
     k = 2 if kind == "pair" else 1
-    said = completions or tiny.groups(model("policy"), n=n, k=k, seed=seed)
+    said = [list(traces) for traces in completions or tiny.groups(model("policy"), n=n, k=k, seed=seed)]
+    if completions is None:
+        longest = max(said, key=lambda traces: len(traces[0]))
+        longest[0] = dataclasses.replace(longest[0], emitted=tuple(t % 2 == 0 for t in range(len(longest[0]))))
     groups = []
     for row, traces in enumerate(said):
         label = row % 2 == 0 if kind == "unpaired" else None
@@ -161,4 +192,4 @@ def make_scorer(row: Method) -> Any:
     """A scorer of the catalog with tiny models in the fields called lm, policy or reference."""
     cls = method(row.slug)
     models = {"lm": "policy", "policy": "policy", "reference": "reference"}
-    return cls(**{f.name: model(models[f.name]) for f in dataclasses.fields(cls) if f.name in models})
+    return cls(**{f.name: scoring_model(models[f.name]) for f in dataclasses.fields(cls) if f.name in models})

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from tests import tiny
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -15,6 +14,7 @@ from pertoken.core.packing import Cost, pack
 from pertoken.core.protocols import Batch
 from pertoken.core.stats import Needs, Stats, token_stats
 from pertoken.core.trace import Trace
+from tests import tiny
 
 
 def exact_lm(seed: int = 0) -> LM:

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from tests import tiny
-from tests.methods.one_pass import exact_lm
-from tests.methods.test_logratio import flat_logps
 
 from pertoken.core.trace import Trace
 from pertoken.score.contrastive_prompt import PROMPTS, ContrastivePrompt, fill, question_text, token_reward
+from tests import tiny
+from tests.methods.one_pass import exact_lm
+from tests.methods.test_logratio import flat_logps
 
 LM = exact_lm(0)
 SHORT = {"better": "{question} Better than {draft}?", "worse": "{question} Worse than {draft}, much?"}
@@ -90,7 +90,7 @@ def test_empty_unemitted_and_terminator():
     assert one.values.shape == (0,) and one.meta["mean_abs"] == 0
     assert two.values[1] == 0 and two.meta["mean_abs"] == pytest.approx(np.abs(two.values[[0, 2]]).mean())
     assert TRACES[0].ended and three.values[-1] != 0
-    assert score([]) == []
+    assert score([]) == [] and score([empty, empty])[1].values.shape == (0,)
 
 
 def test_where_the_question_comes_from():
@@ -121,7 +121,10 @@ def test_templates():
 # ---- what does not fit
 
 
-@pytest.mark.parametrize(("question", "draft"), [("so what now " * 30, "x"), ("?", "dull and lifeless " * 20)])
+@pytest.mark.parametrize(
+    ("question", "draft"),
+    [("START" + "so what now " * 30 + "END", "x"), ("?", "FIRST" + "dull and lifeless " * 20 + "LAST")],
+)
 def test_the_prompt_is_cut_and_never_the_response(question, draft):
     trace = LM.trace("how", draft)
     limit = len(trace) + 60
@@ -131,9 +134,9 @@ def test_the_prompt_is_cut_and_never_the_response(question, draft):
     texts = [b"".join(LM.view.pieces(i)).decode() for i in ids]
     assert "Better than" in texts[0] and "Worse than" in texts[1] and "much?" in texts[1]
     if len(question) > 5:  # its end stays, and is the same in both
-        assert " what now " in texts[0] and texts[0].split(" Better")[0] == texts[1].split(" Worse")[0]
-    else:
-        assert "dull and" in texts[0]
+        assert "what now END Better" in texts[0] and "what now END Worse" in texts[1] and "START" not in texts[0]
+    else:  # its beginning stays
+        assert "FIRSTdull and" in texts[0] and "LAST" not in texts[0]
     (credit,) = scorer.score([trace], [question])
     assert len(credit.values) == len(trace) and credit.meta["prompt_cut"] is True
     assert "prompt_cut" not in ContrastivePrompt(lm=LM, **SHORT).score([TRACES[0]], ["a"])[0].meta

@@ -3,8 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from tests import tiny
-from tests.methods.one_pass import exact_lm, pair_stats
 
 from pertoken.core.protocols import Scorer
 from pertoken.core.trace import Trace
@@ -12,6 +10,8 @@ from pertoken.score import _logps
 from pertoken.score.logratio import LogRatio
 from pertoken.train._preference import implicit_rewards
 from pertoken.train.dpo import DPO
+from tests import tiny
+from tests.methods.one_pass import exact_lm, pair_stats
 
 POLICY, REFERENCE = exact_lm(0), exact_lm(1)
 GROUPS = tiny.groups(POLICY, n=3)
@@ -35,7 +35,12 @@ def test_against_a_plain_forward():
         assert credit.trace is trace
         expected = 0.3 * (flat_logps(POLICY, trace) - flat_logps(REFERENCE, trace))
         np.testing.assert_allclose(credit.values, expected, atol=1e-10)
-        assert (credit.kind, credit.level, credit.method, credit.over) == ("logratio", "token", "logratio", "completion")
+        assert (credit.kind, credit.level, credit.method, credit.over) == (
+            "logratio",
+            "token",
+            "logratio",
+            "completion",
+        )
         assert credit.meta["beta"] == 0.3
     assert isinstance(LogRatio(), Scorer)
 
@@ -71,7 +76,7 @@ def test_what_was_not_emitted_and_what_is_empty():
     first, second, third = score([empty, emitted, empty])
     assert first.values.shape == third.values.shape == (0,)
     assert second.values[1] == 0 and second.values[0] != 0 != second.values[2]
-    assert score([]) == []
+    assert score([]) == [] and score([empty, empty])[1].values.shape == (0,)
 
 
 def test_the_terminator_has_a_value():

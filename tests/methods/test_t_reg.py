@@ -6,8 +6,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from tests import tiny
-from tests.methods.one_pass import exact_lm, gradient, means, pair_stats
 
 from pertoken import catalog
 from pertoken.core.data import Group, encode
@@ -19,6 +17,8 @@ from pertoken.core.stats import Stats
 from pertoken.train._preference import length_normalized_rewards, log_sigmoid_loss
 from pertoken.train.dpo import DPO
 from pertoken.train.t_reg import TReg, regularizer, t_reg_loss, token_reward_from_logratio
+from tests import tiny
+from tests.methods.one_pass import exact_lm, gradient, means, pair_stats
 
 MODELS = {"policy": exact_lm(0), "reference": exact_lm(1).reference()}
 GROUPS = tiny.groups(MODELS["policy"], n=4)
@@ -227,7 +227,7 @@ def test_options():
 def test_example_columns():
     mask = torch.tensor([[True, True, False]])
     column = TReg.example_columns(np.random.default_rng(0), mask)["token_reward"]
-    assert column.shape == (1, 3) and 0 < column[0, :2].abs().min() and column.abs().max() < 0.5 and column[0, 2] == 0
+    assert column.shape == (1, 3) and column[0, :2].abs().min() > 0 and column.abs().max() < 0.5 and column[0, 2] == 0
 
 
 # ---- preparation
@@ -306,6 +306,11 @@ def test_credit_that_was_read_with_the_data(run):
         object.__setattr__(group, "example", Example(**{**vars(group.example), "extra": extra}))
     TReg(token_reward="credit").prepare(run)
     assert column(run)[3] == [0.1] * len(run.every[1].traces[1])
+
+
+def test_a_beta_of_dpos_scale_is_reported_for_simpo(run):
+    TReg(base="simpo", token_reward="sft").prepare(run)
+    assert "SimPO's is 2 to 10" in run.notes[0]
 
 
 def test_alpha_0_prepares_nothing(run):

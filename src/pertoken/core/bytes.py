@@ -2,7 +2,8 @@
 
 Three families are told apart by what their vocabulary says, not by class names:
 
-* ``byte_level`` (GPT-2, Llama 3, SmolLM2, Qwen): every byte of the text has a printable stand-in character;
+* ``byte_level`` (GPT-2, Llama 3, SmolLM2, Qwen): every byte of the text has a printable stand-in character (ByT5: it is
+  its own);
 * ``byte_fallback`` (SentencePiece: Llama 2, Gemma, T5): ``▁`` is a space, ``<0x41>`` is a raw byte;
 * ``wordpiece`` (BERT): ``##`` glues to the left, and the vocabulary has lost case and white space. A vocabulary of
   whole words (WordLevel) is one without ``##``.
@@ -53,7 +54,8 @@ class ByteView:
         backend = _backend_definition(tokenizer)
         self._prefix_space = _prepends_space(backend)
         kinds = {p.get("type") for name in ("normalizer", "pre_tokenizer", "decoder") for p in _parts(backend, name)}
-        if "ByteLevel" in kinds:
+        self._raw = {"\x00", "\xff"} <= vocab.keys()
+        if "ByteLevel" in kinds or self._raw:
             self.family = "byte_level"
         elif (backend.get("model") or {}).get("type") == "WordPiece" or "WordPiece" in kinds:
             self.family = "wordpiece"
@@ -143,7 +145,7 @@ class ByteView:
         if token_id in self._added and self.family != "byte_fallback":  # there ▁ is a space in added tokens, too
             return token.encode("utf-8")
         if self.family == "byte_level":
-            exact = _strip_byte_level(token)
+            exact = token.encode("latin-1") if self._raw else _strip_byte_level(token)
             return token.encode("utf-8") if exact is None else exact
         if self.family == "wordpiece":
             return token[2:].encode("utf-8") if token.startswith("##") else b" " + token.encode("utf-8")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -29,8 +30,14 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 
 def save_checkpoint(
-    folder: Path, step: int, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer, meta: Mapping[str, Any],
-    *, keep: int = 2, write: bool = True,
+    folder: Path,
+    step: int,
+    modules: Mapping[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+    meta: Mapping[str, Any],
+    *,
+    keep: int = 2,
+    write: bool = True,
 ) -> Path:
     """Write ``checkpoint-<step>`` and drop all but the newest `keep`.
 
@@ -46,17 +53,15 @@ def save_checkpoint(
     Raises:
         OSError: the disk is full or not writable; earlier checkpoints are untouched.
     """
-    names = {p: f"{m}.{n}" for m, module in modules.items() for n, p in module.named_parameters() if p.requires_grad}
-    tensors = {name: _whole(p) for p, name in names.items()}
-    buffers = {f"{m}.{n}": _whole(b) for m, module in modules.items() if m != "policy" for n, b in module.named_buffers()}
+    kept = _kept(modules)
+    names = {tensor: name for name, tensor in kept.items()}
+    weights = {name: whole(tensor, write) for name, tensor in kept.items()}
     state = {
-        f"{names[p]}|{key}": _whole(torch.as_tensor(value))
+        f"{names[p]}|{key}": whole(torch.as_tensor(value), write)
         for p, values in optimizer.state.items()
         for key, value in values.items()
     }
-    state["rng|cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        state["rng|cuda"] = torch.cuda.get_rng_state()
+    state |= {f"rng|{device}|{i}": drawn for i, one in enumerate(_rng_states()) for device, drawn in one.items()}
     target = Path(folder) / f"checkpoint-{step:06d}"
     if not write:
         return target
@@ -64,12 +69,13 @@ def save_checkpoint(
     shutil.rmtree(part, ignore_errors=True)
     try:
         part.mkdir(parents=True)
-        save_file(tensors | buffers, part / "weights.safetensors")
+        save_file(weights, part / "weights.safetensors")
         save_file(state, part / "optimizer.safetensors")
         write_json(part / "state.json", {"step": step, **meta})
-        for file in part.iterdir():  # the rename must not reach the disk before what it names
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
+        for path in (*part.iterdir(), part):  # the rename must not reach the disk before what it names
+            opened = os.open(path, os.O_RDONLY)
+            os.fsync(opened)
+            os.close(opened)
         shutil.rmtree(target, ignore_errors=True)
         part.rename(target)
     except BaseException:
@@ -88,40 +94,67 @@ def load_checkpoint(
     Raises:
         ValueError: its tensors are not those of these modules.
     """
-    weights = load_file(path / "weights.safetensors")
-    named = {f"{m}.{n}": p for m, module in modules.items() for n, p in module.named_parameters() if p.requires_grad}
-    buffers = {f"{m}.{n}": b for m, module in modules.items() if m != "policy" for n, b in module.named_buffers()}
-    if weights.keys() != (named | buffers).keys():
-        odd = sorted(weights.keys() ^ (named | buffers).keys())
-        raise ValueError(f"{path} holds other parameters ({odd[0]}...); resume with the model and options it was made with")
+    weights, kept = load_file(path / "weights.safetensors"), _kept(modules)
+    odd = sorted(weights.keys() ^ kept.keys()) or [n for n, t in kept.items() if t.shape != weights[n].shape]
+    if odd:
+        raise ValueError(
+            f"{path} holds other parameters ({odd[0]}...); resume with the model and options it was made with"
+        )
     with torch.no_grad():
-        for name, tensor in (named | buffers).items():
+        for name, tensor in kept.items():
             tensor.copy_(_like(weights[name], tensor))
     if optimizer is not None:
         state = load_file(path / "optimizer.safetensors")
-        torch.set_rng_state(state.pop("rng|cpu"))
-        cuda = state.pop("rng|cuda", None)
-        if cuda is not None and torch.cuda.is_available():
-            torch.cuda.set_rng_state(cuda)
+        rank = dist.get_rank() if _several() else 0
+        drawn = {name: state.pop(name) for name in [n for n in state if n.startswith("rng|")]}
+        if f"rng|cpu|{rank}" in drawn:
+            torch.set_rng_state(drawn[f"rng|cpu|{rank}"])
+        if f"rng|cuda|{rank}" in drawn and torch.cuda.is_available():
+            torch.cuda.set_rng_state(drawn[f"rng|cuda|{rank}"])
         for joint, value in state.items():
             name, _, key = joint.partition("|")
-            parameter = named[name]
-            like = value.ndim and value.shape == parameter.shape
-            optimizer.state[parameter][key] = _like(value, parameter) if like else value
+            optimizer.state[kept[name]][key] = value if key == "step" else _like(value, kept[name])
     return read_json(path / "state.json")
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    """A tensor on the CPU, gathered if it is sharded, with memory of its own (safetensors shares none)."""
+def _kept(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """What a checkpoint keeps, by name: trainable parameters, and buffers (the policy's are constants)."""
+    parameters = {f"{m}.{n}": p for m, module in modules.items() for n, p in module.named_parameters()}
+    buffers = {f"{m}.{n}": b for m, module in modules.items() if m != "policy" for n, b in module.named_buffers()}
+    return {name: p for name, p in parameters.items() if p.requires_grad} | buffers
+
+
+def _rng_states() -> list[dict[str, Tensor]]:
+    """Random states of every process, in order: each draws its own."""
+    mine = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        mine["cuda"] = torch.cuda.get_rng_state()
+    if not _several():
+        return [mine]
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, mine)
+    return every
+
+
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def whole(tensor: Tensor, write: bool = True) -> Tensor:
+    """A tensor on the CPU, gathered if it is sharded, with memory of its own (safetensors shares none).
+
+    A process that does not `write` takes part in gathering and keeps nothing.
+    """
     if hasattr(tensor, "full_tensor"):
         tensor = tensor.full_tensor()  # type: ignore[operator]
-    return tensor.detach().cpu().clone().contiguous()
+    return tensor.detach().to("cpu", copy=True).contiguous() if write else torch.empty(0)
 
 
 def _like(value: Tensor, tensor: Tensor) -> Tensor:
     """A whole tensor, put where and how `tensor` lies (device; shards of a mesh)."""
+    value = value.to(tensor.device)
     if hasattr(tensor, "device_mesh"):
         from torch.distributed.tensor import distribute_tensor
 
-        return distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)  # type: ignore[attr-defined]
-    return value.to(tensor.device)
+        return distribute_tensor(value, tensor.device_mesh, tensor.placements)  # type: ignore[attr-defined]
+    return value

@@ -99,7 +99,7 @@ def compare(
             if figures.exists():
                 was = read_json(folder / RESULT)
                 now = {"options": describe(arm.objective), "config": asdict(settings)}
-                if was["options"] != now["options"] or was["provenance"]["extra"]["config"] != now["config"]:
+                if was["options"] != now["options"] or was["config"] != now["config"]:
                     raise ValueError(f"{folder} holds a run with other options; choose another output folder")
             else:
                 lm = policy()

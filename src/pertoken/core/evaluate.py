@@ -50,7 +50,9 @@ def sequence_kl(policy: LM, reference: LM, traces: Sequence[Trace], *, forward: 
     return out
 
 
-def mean_interval(values: Sequence[float] | np.ndarray, *, seed: int = 0, draws: int = 2000) -> tuple[float, float, float]:
+def mean_interval(
+    values: Sequence[float] | np.ndarray, *, seed: int = 0, draws: int = 2000
+) -> tuple[float, float, float]:
     """Mean and its 95 % percentile bootstrap interval over items: (mean, low, high)."""
     v = np.asarray(values, np.float64)
     if not len(v):

@@ -59,14 +59,21 @@ class LoopConfig:
     tracker: str = "none"
     """Experiment tracker of accelerate: none, tensorboard, wandb, trackio..."""
     precision: str = "no"
-    """Mixed precision of accelerate: no, bf16 or fp16."""
+    """Mixed precision of accelerate: no or bf16."""
+    gradient_checkpointing: bool = False
+    """Compute layers again in the backward pass instead of keeping their activations."""
 
     def __post_init__(self) -> None:
-        for name, known in (("schedule", _SCHEDULES), ("optimizer", _OPTIMIZERS)):
+        for name, known in (("schedule", _SCHEDULES), ("optimizer", _OPTIMIZERS), ("precision", _PRECISIONS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(known)}")
-        if self.batch_size < 1 or self.lr <= 0 or (self.steps is not None and self.steps < 0) or self.epochs < 0:
-            raise ValueError("batch_size >= 1, lr > 0, steps >= 0 and epochs >= 0 are needed")
+        if not (self.batch_size >= 1 and 0 < self.lr < math.inf and 0 <= self.epochs < math.inf and self.keep >= 1):
+            raise ValueError("batch_size >= 1, lr > 0, epochs >= 0 and keep >= 1 are needed")
+        for name in ("steps", "seed", "eval_every", "save_every", "weight_decay", "max_grad_norm"):
+            if not (getattr(self, name) or 0) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"warmup={self.warmup} is a share of the updates, from 0 to 1")
 
     def total_steps(self, n: int) -> int:
         """Updates of a run over n examples."""
@@ -86,6 +93,7 @@ _SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda x: 1.0,
 }
 _OPTIMIZERS = ("adamw", "rmsprop")
+_PRECISIONS = ("no", "bf16")  # fp16 would need its loss scaled
 
 
 @dataclass
@@ -156,50 +164,45 @@ def fit(
         ValueError: `out` holds a run already; a resumed run that differs; a loss that is not finite (the state before
             that update is saved, and the rows are named).
     """
-    out, say = Path(out), say or (lambda line: None)
+    out = Path(out)
     accelerator = accelerator or make_accelerator(config, out)
     main = accelerator.is_main_process
     torch.manual_seed(config.seed + accelerator.process_index)
-    total = config.total_steps(step.size)
+    total, per_epoch = config.total_steps(step.size), math.ceil(step.size / config.batch_size)
+    if total and not step.size:
+        raise ValueError("there is not one example to train on; give data")
     same = {"config": asdict(config), **(meta or {})}
     optimizer = make_optimizer(step.modules, config)
     history: list[dict[str, float]] = []
-    done = _begin(step, optimizer, out, same, resume, history, say)
+    done = _begin(step, optimizer, out, same, resume, history, say if say and main else lambda line: None)
     accelerator.wait_for_everyone()
     if main:
         out.mkdir(parents=True, exist_ok=True)
         _rewrite_log(out, history)
-    if config.tracker != "none":
-        accelerator.init_trackers("pertoken", config=_flat(same))
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    with _bar(total, done, progress and main) as tick:
+    order: list[list[int]] = []
+    with _tracking(accelerator, config, same) as track, _bar(total, done, progress and main) as tick:
         while done < total:
             started = time.perf_counter()
-            per_epoch = math.ceil(step.size / config.batch_size)
-            rows = batches(step.size, config.batch_size, seed=config.seed, epoch=done // per_epoch)[done % per_epoch]
+            if not order or done % per_epoch == 0:
+                order = batches(step.size, config.batch_size, seed=config.seed, epoch=done // per_epoch)
+            rows = order[done % per_epoch]
             optimizer.zero_grad(set_to_none=True)
-            local = step.run(rows[accelerator.process_index :: accelerator.num_processes] or rows[:0], train=True)
+            local = step.run(rows[accelerator.process_index :: accelerator.num_processes], train=True)
             result = _all_processes(local, accelerator)
-            mean = result.means().get("loss", math.nan)
-            if not math.isfinite(mean):
+            rate, mean, norm = config.learning_rate(done, total), result.loss / (result.count or 1.0), math.nan
+            if math.isfinite(mean):
+                norm = apply_gradients(optimizer, accelerator, result.count, rate, config.max_grad_norm)
+            if not math.isfinite(norm):
                 save_checkpoint(out / "stopped", done, step.modules, optimizer, same, write=main)
-                named = ", ".join(map(str, sorted(set(result.bad_rows))[:10])) or "unknown"
+                accelerator.wait_for_everyone()  # a process that fails has the launcher end those that still write
+                named = ", ".join(map(str, sorted(set(result.bad_rows))[:10])) or f"among {sorted(rows)}"
+                what = "gradient norm" if math.isfinite(mean) else "loss"
                 raise ValueError(
-                    f"the loss is {mean} at update {done} (rows {named}); the state before it is in {out / 'stopped'}. "
-                    "Look at those rows, or lower lr"
+                    f"the {what} is {norm if math.isfinite(mean) else mean} at update {done} (rows {named}); "
+                    f"the state before it is in {out / 'stopped'}. Look at those rows, or lower lr"
                 )
-            # Gradients are sums; data-parallel wrappers have averaged them over processes.
-            scale = accelerator.num_processes / result.count
-            for p in parameters:
-                if p.grad is not None:
-                    p.grad.mul_(scale)
-            norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
-            rate = config.learning_rate(done, total)
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group.get("lr_factor", 1.0)
-            optimizer.step()
             done += 1
-            record = {"step": done, **result.means(), "grad_norm": float(norm), "learning_rate": rate}
+            record = {"step": done, "loss": mean, **result.means(), "grad_norm": norm, "learning_rate": rate}
             record["seconds"] = time.perf_counter() - started
             if done == total or (config.eval_every and done % config.eval_every == 0):
                 record |= {f"eval_{k}": v for k, v in step.evaluate().items()}
@@ -207,23 +210,57 @@ def fit(
             if main:
                 with (out / "log.jsonl").open("a", encoding="utf8") as log:
                     log.write(json.dumps(record) + "\n")
-            if config.tracker != "none":
-                accelerator.log({k: v for k, v in record.items() if k != "step"}, step=done)
+            track(record)
             tick(record)
             if done == total or (config.save_every and done % config.save_every == 0):
                 save_checkpoint(out, done, step.modules, optimizer, same, keep=config.keep, write=main)
                 accelerator.wait_for_everyone()
-    if config.tracker != "none":
-        accelerator.end_training()
     return history
 
 
-def make_accelerator(config: LoopConfig, out: Path) -> Any:
-    """The accelerator of a run; device placement is left to it, batches are ours."""
-    from accelerate import Accelerator
+def apply_gradients(
+    optimizer: torch.optim.Optimizer, accelerator: Any, count: float, rate: float, max_norm: float
+) -> float:
+    """Make gradients of a sum over `count` those of the mean, clip them (0: not), update; their norm before clipping.
+    If it is not finite, nothing is updated."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    scale = accelerator.num_processes / count if count else 0.0  # wrappers have averaged them over processes
+    for p in parameters:
+        if p.grad is not None:
+            p.grad.mul_(scale)
+    norm = accelerator.clip_grad_norm_(parameters, max_norm or math.inf)
+    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    if math.isfinite(norm):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group.get("lr_factor", 1.0)
+        optimizer.step()
+    return norm
 
-    tracker = None if config.tracker == "none" else config.tracker
-    return Accelerator(mixed_precision=config.precision, log_with=tracker, project_dir=str(out))
+
+def make_accelerator(config: LoopConfig, out: Path) -> Any:
+    """The accelerator of a run; placement, batches and accumulation are ours.
+
+    Raises:
+        ValueError: a way of distributing that cannot work, or a tracker that is unknown or not installed.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
+
+    accelerator = Accelerator(
+        mixed_precision=config.precision,
+        log_with=None if config.tracker == "none" else config.tracker,
+        project_dir=str(out),
+        # a launcher's setting must not divide our sums
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        # processes may compute different numbers of packs, so no forward may wait for the others; buffers are constants
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    kind = accelerator.distributed_type.value
+    if kind in ("DEEPSPEED", "MEGATRON_LM", "TPU", "XLA") or (kind == "FSDP" and not accelerator.is_fsdp2):
+        raise ValueError(f"training under {kind} is not supported; launch with configs/ddp.yaml or configs/fsdp2.yaml")
+    if config.tracker != "none" and not accelerator.log_with:
+        raise ValueError(f"the tracker {config.tracker} is not installed: pip install 'pertoken[trackers]' or itself")
+    return accelerator
 
 
 def make_optimizer(modules: Mapping[str, nn.Module], config: LoopConfig) -> torch.optim.Optimizer:
@@ -246,12 +283,38 @@ def refuse_old_run(out: Path, resume: bool) -> None:
     Raises:
         ValueError: it holds a run and `resume` is off, or something that is no run.
     """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; name a folder")
     if not out.exists() or not any(out.iterdir()):
         return
     finished, steps = (out / RESULT).exists(), [s for s, _ in checkpoints(out)]
     if not resume:
         what = "a finished run" if finished else f"a run stopped at update {steps[-1]}" if steps else "files"
-        raise ValueError(f"{out} holds {what}; nothing is overwritten: choose another folder, or continue it with --resume")
+        raise ValueError(
+            f"{out} holds {what}; nothing is overwritten: choose another folder, or continue it with --resume"
+        )
+    if not (finished or steps or any((out / name).exists() for name in ("log.jsonl", "stages"))):
+        raise ValueError(f"{out} holds files, but no run to resume; choose another folder")
+
+
+def refuse_other_run(path: Path, same: Mapping[str, Any]) -> None:
+    """What a checkpoint's run was made with must be what it is resumed with.
+
+    Raises:
+        ValueError: it is not; names the options that differ.
+    """
+    was, now = read_json(path / "state.json"), json.loads(json.dumps(dict(same)))
+    odd: list[str] = []
+    for key, value in now.items():
+        old = was.get(key)
+        if isinstance(value, dict) and isinstance(old, dict):
+            odd += [k for k in (value | old) if value.get(k) != old.get(k) or (k in value) != (k in old)]
+        elif value != old:
+            odd.append(key)
+    if odd:
+        raise ValueError(
+            f"{path.parent} was run with other {', '.join(odd)}; resume with the same, or choose a new folder"
+        )
 
 
 def _begin(
@@ -265,17 +328,12 @@ def _begin(
 ) -> int:
     """Load the newest checkpoint, if there is one; how many updates are done."""
     found = checkpoints(out)
+    if not resume and (found or any((out / name).exists() for name in ("log.jsonl", RESULT))):
+        refuse_old_run(out, resume)
     if not found:
         return 0
-    if not resume:
-        refuse_old_run(out, resume)
     last, path = found[-1]
-    was = read_json(path / "state.json")
-    now = json.loads(json.dumps(dict(same)))
-    for key in now:
-        if was.get(key) != now[key]:
-            odd = [k for k in now[key] if was.get(key, {}).get(k) != now[key][k]] if isinstance(now[key], dict) else [key]
-            raise ValueError(f"{out} was run with other {', '.join(odd)}; resume with the same, or choose a new folder")
+    refuse_other_run(path, same)
     load_checkpoint(path, step.modules, optimizer)
     log = out / "log.jsonl"
     if log.exists():
@@ -304,9 +362,29 @@ def _all_processes(local: StepResult, accelerator: Any) -> StepResult:
 
 
 @contextlib.contextmanager
+def _tracking(accelerator: Any, config: LoopConfig, same: Mapping[str, Any]):
+    """Yields a function that is called with each record; the tracker is closed however the run ends."""
+    if config.tracker == "none":
+        yield lambda record: None
+        return
+    accelerator.init_trackers("pertoken", config=_flat(same))
+    try:
+        yield lambda record: accelerator.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+    finally:
+        accelerator.end_training()
+
+
+@contextlib.contextmanager
 def _bar(total: int, done: int, show: bool):
     """A progress bar with the remaining time; yields a function that is called after each update."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[figures]}"), disable=not show, transient=True) as bar:

@@ -1,9 +1,10 @@
 """Shared-prefix packing: the prompt is computed once, and padding is not computed at all.
 
-A *group* is one prompt and its K completions. As a **tree** it takes one stretch of a row: the trunk (prompt), then K
-branches; a branch attends to the trunk and to itself, and its positions restart at the trunk's end. **Flat**, it takes K
-stretches, the prompt repeated in each. Both give the same log-probs and gradients (tests: 1e-4 in float32); `pack`
-chooses by counting multiplications, because a dense tree mask wastes branch x branch work that flat rows do not have.
+A *group* is one prompt and its K completions. As a **tree** it takes one stretch of a row: the trunk (prompt), then
+K branches; a branch attends to the trunk and to itself, and its positions restart at the trunk's end. **Flat**, it
+takes K stretches, the prompt repeated in each. Both give the same log-probs and gradients (tests: 1e-4 in float32);
+`pack` chooses by counting multiplications, because a dense tree mask wastes branch x branch work that flat rows do not
+have. Models that count by column (ALiBi) or carry a state along (Mamba) are always laid out flat (`shares_prompts`).
 
 Several stretches share a row, and several rows a pack, when that is cheaper than another forward. A pack whose rows are
 plain causal needs no mask at all (right padding is invisible to a causal model).
@@ -11,10 +12,13 @@ plain causal needs no mask at all (right padding is invisible to a causal model)
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -34,11 +38,13 @@ class Cost:
         linear: of one token through the layers (about the number of non-embedding parameters).
         attention: of one query-key pair through all layers (2 x hidden x layers).
         launch: fixed cost of one forward, in the same unit (Python and kernel launches).
+        shares: whether the model can take trees, and several stretches in a row, at all (`shares_prompts`).
     """
 
     linear: float
     attention: float
     launch: float
+    shares: bool = True
 
     @classmethod
     def of(cls, model: Any) -> Cost:
@@ -49,7 +55,8 @@ class Cost:
         # Every forward reads all weights once, which takes as long as computing some 16 tokens with them, and launches
         # about ten operations a layer.
         launch = 16.0 * linear + 8e6 * config.num_hidden_layers
-        return cls(float(linear), 2.0 * config.hidden_size * config.num_hidden_layers, launch)
+        attention = 2.0 * config.hidden_size * config.num_hidden_layers
+        return cls(float(linear), attention, launch, shares_prompts(model))
 
     def stretch(self, tokens: int) -> float:
         """One stretch of a row, alone."""
@@ -90,15 +97,26 @@ class Pack:
         """The pack on a device."""
         if self.input_ids_RC.device == device:
             return self
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
-        return Pack(**moved)
+        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return dataclasses.replace(self, **moved)
 
     def inputs(self, model: Any) -> dict[str, Any]:
         """Keyword arguments of the model's backbone: ids, positions, and the mask its attention wants.
 
         SDPA and eager get an additive mask of shape (R, 1, C, C); FlexAttention a block mask; a model whose layers
         differ (full and sliding) a dict of masks, sliding windows counted by position, not by column.
+
+        Raises:
+            ValueError: rows that are not plain causal, for a model that cannot compute them.
         """
+        if not self.causal and not shares_prompts(model):
+            raise ValueError(
+                f"{type(model).__name__} does not keep the branches of a prompt apart (it carries a state along, or "
+                "counts by column); pack with tree='never', or with cost=Cost.of(model)"
+            )
+        return self._inputs(model)
+
+    def _inputs(self, model: Any) -> dict[str, Any]:
         if self.causal:
             return {"input_ids": self.input_ids_RC, "position_ids": self.position_ids_RC, "use_cache": False}
         config = model.config.get_text_config()
@@ -109,7 +127,7 @@ class Pack:
         dtype = next(model.parameters()).dtype
         unknown = kinds - {"full_attention", "sliding_attention"}
         if unknown:
-            raise ValueError(f"layers of type {', '.join(sorted(unknown))} carry state across branches; use tree='never'")
+            raise ValueError(f"no mask is known for layers of type {', '.join(sorted(unknown))}")
         if "sliding_attention" in kinds and "full_attention" in kinds:
             mask: Any = {
                 "full_attention": build(self, None, dtype),
@@ -138,7 +156,8 @@ def pack(
     Args:
         groups: each a sequence of K >= 1 traces with one and the same prompt.
         cost: decides tree or flat, and how many groups share a forward; default: of a 100M-parameter model.
-        tree: ``auto`` (cheaper of both), ``always`` or ``never``.
+        tree: ``auto`` (cheaper of both), ``always``, or ``never``: then every row is one prompt and one completion,
+            plain causal, which any architecture can compute.
         max_tokens: most positions (padding included) of one pack; a single larger group still gets a pack.
         pad_left: put padding first (only to show that it does not matter).
 
@@ -152,6 +171,7 @@ def pack(
     if tree not in ("auto", "always", "never"):
         raise ValueError(f"tree={tree!r} is not one of auto, always, never")
     cost = cost or Cost(1e8, 4e4, 1.8e9)
+    tree = "never" if tree == "auto" and not cost.shares else tree
     layouts = [_layout(g, group, cost, tree) for g, group in enumerate(groups)]
     packs: list[list[list[_Stretch]]] = []
     # Groups of similar length share a pack, so that rows waste little padding.
@@ -168,7 +188,7 @@ def pack(
                 rest.append(stretches)
             else:
                 rows = more
-        packs.append(_merge_short(rows, width, cost))
+        packs.append(rows if tree == "never" else _merge_short(rows, width))
         queue = rest
     made = [_build(rows, groups, pad_left) for rows in packs]
     trees = sum(len(stretches) == 1 and stretches[0].k > 1 for stretches in layouts)
@@ -221,8 +241,8 @@ def _layout(g: int, group: Sequence[Trace], cost: Cost, tree: str) -> list[_Stre
     return [one] if cost.stretch(one.size) <= sum(cost.stretch(s.size) for s in each) else each
 
 
-def _merge_short(rows: list[list[_Stretch]], width: int, cost: Cost) -> list[list[_Stretch]]:
-    """Put several short stretches into one row (first fit) where the padding saved outweighs the mask it needs."""
+def _merge_short(rows: list[list[_Stretch]], width: int) -> list[list[_Stretch]]:
+    """Put several short stretches into one row (first fit) where that leaves fewer rows."""
     merged: list[list[_Stretch]] = []
     for row in rows:
         size = sum(s.size for s in row)
@@ -270,6 +290,10 @@ def _build(rows: list[list[_Stretch]], groups: Sequence[Sequence[Trace]], pad_le
                 order.append((stretch.group, k))
                 at += length
     causal = not pad_left and all(len(row) == 1 and row[0].k == 1 for row in rows)
+    if (
+        causal
+    ):  # positions that start again in the padding would look like packed rows, and have transformers build a mask
+        positions[:] = np.arange(width)
     tensors = map(torch.from_numpy, (ids, positions, segment, branch, predict, targets, present, mask))
     return Pack(*tensors, order=tuple(order), causal=causal)
 
@@ -294,10 +318,9 @@ def _additive_mask(p: Pack, window: int | None, dtype: torch.dtype) -> Tensor:
         attends(s, b, t, columns[:, None], columns[None, :], window)
         for s, b, t in zip(p.segment_RC, p.branch_RC, p.position_ids_RC, strict=True)
     ]
-    allowed = torch.stack(rows)
-    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, torch.finfo(dtype).min)[
-        :, None
-    ]
+    allowed = torch.stack(rows)[:, None]
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+    return mask.masked_fill_(~allowed, torch.finfo(dtype).min)
 
 
 def _block_mask(p: Pack, window: int | None, dtype: torch.dtype) -> Any:
@@ -313,3 +336,48 @@ def _block_mask(p: Pack, window: int | None, dtype: torch.dtype) -> Any:
 def _head_weight(model: Any) -> Tensor:
     head = model.get_output_embeddings()
     return head.weight if head is not None else model.get_input_embeddings().weight
+
+
+_shares: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+
+
+def shares_prompts(model: Any) -> bool:
+    """Whether a causal LM computes two branches of one trunk as it computes each alone: tried once, on a few tokens."""
+    if model not in _shares:
+        with evaluating(model), torch.no_grad():
+            _shares[model] = _keeps_branches_apart(model)
+    return _shares[model]
+
+
+def _keeps_branches_apart(model: Any) -> bool:
+    config = model.config.get_text_config()
+    if hasattr(config, "attention_types"):
+        return False  # GPT-Neo counts its windows by column, which shows on long rows only
+    ids = tuple(i % config.vocab_size for i in range(1, 9))
+    group = [
+        Trace(
+            prompt_ids=ids[:2], prompt_pieces=(b"",) * 2, completion_ids=c, completion_pieces=(b"",) * 3, tokenizer=""
+        )
+        for c in (ids[2:5], ids[5:8])
+    ]
+    tree, flat = [[_Stretch(0, (0, 1), 2, (2, 2))]], [[_Stretch(0, (0,), 2, (2,))], [_Stretch(0, (1,), 2, (2,))]]
+    try:
+        packs = [_build(rows, [group], False).to(next(model.parameters()).device) for rows in (tree, flat)]
+        states = [model.base_model(**p._inputs(model)).last_hidden_state.flatten(0, 1)[p.predict_NT] for p in packs]
+    except Exception:  # it cannot read the mask
+        return False
+    difference = (states[0] - states[1]).abs().max()
+    precise = states[0].dtype in (torch.float32, torch.float64)
+    return bool(difference <= (1e-3 if precise else 5e-2) * states[1].abs().max())
+
+
+@contextlib.contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Dropout off inside the block; every module is as it was afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .head import Head
 from .lm import LM, Prompt
-from .packing import pack
-from .stats import Head, Needs, token_stats
+from .packing import Cost, evaluating, pack
+from .stats import Needs, token_stats
 from .trace import Trace
 
 
@@ -44,20 +45,23 @@ class Sampling:
     min_new_tokens: int = 0
 
     def __post_init__(self):
-        if self.max_new_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+        if not (self.max_new_tokens >= 1 and 0 <= self.temperature < np.inf and 0 < self.top_p <= 1 and self.top_k >= 0):
             raise ValueError(f"{self}: max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1 and top_k >= 0 are needed")
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise ValueError(f"{self}: min_new_tokens must lie between 0 and max_new_tokens")
 
     def logps(self, logits: Tensor) -> Tensor:
         """Log-probs (..., V) of the distribution that is drawn from: temperature, then top-k, then top-p; renormalised."""
         if self.temperature == 0:
             best = torch.full_like(logits, -torch.inf)
             return best.scatter(-1, logits.argmax(-1, keepdim=True), 0.0)
-        logits = logits / self.temperature
+        # the likeliest token is put at 0, so that a very low temperature does not overflow
+        logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
         if self.top_k:
             floor = logits.topk(min(self.top_k, logits.shape[-1]), -1).values[..., -1:]
             logits = logits.masked_fill(logits < floor, -torch.inf)
         if self.top_p < 1:
-            ordered, order = logits.sort(-1, descending=True)
+            ordered, order = logits.sort(dim=-1, descending=True, stable=True)
             before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
             cut = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= self.top_p)
             logits = logits.masked_fill(cut, -torch.inf)
@@ -85,7 +89,7 @@ def sample(
         sampling: how; default temperature 1, at most 64 tokens.
         seed: with the place of the prompt and of the sample, decides every draw.
         system: a system turn put before text prompts.
-        batch: sequences computed together.
+        batch: sequences computed together; those of one prompt always are.
         progress: called with the number of completions that were just finished.
 
     Returns:
@@ -93,9 +97,12 @@ def sample(
         ``meta["prompt"]``.
 
     Raises:
-        ValueError: a prompt that leaves no room for a single token.
+        ValueError: a prompt that leaves no room for a single token; no sample or a negative seed asked for; a model
+            whose log-probs are not finite.
     """
     sampling = sampling or Sampling()
+    if n < 1 or batch < 1 or seed < 0:
+        raise ValueError(f"n={n}, batch={batch}, seed={seed}: n >= 1, batch >= 1 and seed >= 0 are needed")
     ids = [p if isinstance(p, tuple) and p and isinstance(p[0], int) else lm.encode_prompt(p, system) for p in prompts]  # type: ignore[arg-type]
     for i, prompt in enumerate(ids):
         if len(prompt) >= lm.context:
@@ -106,7 +113,9 @@ def sample(
     together = max(1, batch // n)
     for start in range(0, len(order), together):
         chosen = order[start : start + together]
-        for i, traces in zip(chosen, _sample_batch(lm, [ids[i] for i in chosen], chosen, n, sampling, seed), strict=True):
+        for i, traces in zip(
+            chosen, _sample_batch(lm, [ids[i] for i in chosen], chosen, n, sampling, seed), strict=True
+        ):
             words = {"prompt": prompts[i]} if ids[i] is not prompts[i] else {}
             out[i] = [dataclasses.replace(t, meta=t.meta | words) for t in traces]
         if progress:
@@ -141,32 +150,36 @@ def _sample_batch(
     tokens: list[list[int]] = [[] for _ in range(total)]
     logps = [([], []) for _ in range(total)]  # under the sampling distribution, under the policy
     ended = [False] * total
-    with lm.active() as causal:
+    with lm.active() as causal, evaluating(causal):
         head, cache = Head(causal), DynamicCache(config=causal.config)
+        stops = [i for i in lm.stop_ids if i < head.vocabulary]  # a generation config may name ids that are not there
         positions = (attention.cumsum(1) - 1).clamp(min=0)
         hidden = causal.base_model(
             input_ids=ids, attention_mask=attention, position_ids=positions, cache=cache, use_cache=True
         ).last_hidden_state[:, -1]
         cache.batch_repeat_interleave(n)
-        lengths = attention.sum(1).repeat_interleave(n)
-        running = _Running(np.arange(total), attention.repeat_interleave(n, 0), ids[:, -1], lengths)
+        attention, lengths = attention.repeat_interleave(n, 0), [len(prompts[r // n]) for r in range(total)]
+        running = _Running(np.arange(total), attention, ids[:, -1], attention.sum(1))
         logits = head(hidden).repeat_interleave(n, 0)
         while True:
             policy = logits.log_softmax(-1)
             if len(tokens[running.rows[0]]) < sampling.min_new_tokens:
-                logits[:, list(lm.stop_ids)] = -torch.inf
+                logits[:, stops] = -torch.inf
             drawn = sampling.logps(logits)
             uniform = torch.tensor([draws[r].random() for r in running.rows], dtype=torch.float64, device=device)
             token = inverse_cdf(drawn, uniform)
             at = token[:, None]
             record = torch.stack([drawn.gather(1, at)[:, 0], policy.gather(1, at)[:, 0]]).double().cpu().numpy()
+            if not np.isfinite(record).all():
+                bad = int(running.rows[~np.isfinite(record).all(0)][0])
+                raise ValueError(f"log-probs after prompt {places[bad // n]} are not finite; look at the model's weights")
             keep = []
             for k, (row, t) in enumerate(zip(running.rows, token.tolist(), strict=True)):
                 tokens[row].append(t)
                 logps[row][0].append(record[0, k])
                 logps[row][1].append(record[1, k])
                 ended[row] = t in lm.stop_ids
-                room = len(tokens[row]) < sampling.max_new_tokens and int(lengths[row]) + len(tokens[row]) < lm.context
+                room = len(tokens[row]) < sampling.max_new_tokens and lengths[row] + len(tokens[row]) < lm.context
                 if not ended[row] and room:
                     keep.append(k)
             if not keep:
@@ -221,8 +234,10 @@ def check_logprobs(lm: LM, traces: Sequence[Trace], max_tokens: int = 4096) -> d
         one logit, at magnitude 32, is 2^-3 and 2^-6).
 
     Raises:
-        ValueError: a trace without recorded log-probs.
+        ValueError: no traces, or one without recorded log-probs.
     """
+    if not traces:
+        raise ValueError("no traces to check; sample some first")
     groups: dict[tuple[int, ...], list[Trace]] = {}
     for i, trace in enumerate(traces):
         if trace.policy_logps is None:
@@ -230,7 +245,7 @@ def check_logprobs(lm: LM, traces: Sequence[Trace], max_tokens: int = 4096) -> d
         groups.setdefault(trace.prompt_ids, []).append(trace)
     listed = list(groups.values())
     differences = []
-    for packed in pack(listed, max_tokens=max_tokens):
+    for packed in pack(listed, cost=Cost.of(lm.causal), max_tokens=max_tokens):
         with torch.no_grad():
             stats = token_stats({"policy": lm}, packed, Needs({"policy": frozenset({"logp"})}))["policy"]
         for row, (g, k) in enumerate(packed.order):

@@ -30,6 +30,7 @@ from .step import REFERENCE, ObjectiveStep, live_models, with_mismatched
 from .trace import Trace
 
 Say = Callable[[str], None]
+_TOGETHER = 16  # completions of one prompt that share its forward
 
 
 @torch.no_grad()
@@ -50,7 +51,8 @@ def completions_stats(
     by_prompt: dict[tuple[int, ...], list[int]] = {}
     for i, trace in enumerate(traces):
         by_prompt.setdefault(trace.prompt_ids, []).append(i)
-    indices = list(by_prompt.values())
+    # Very many completions of one prompt would make one huge pack, so they are taken some at a time.
+    indices = [some[i : i + _TOGETHER] for some in by_prompt.values() for i in range(0, len(some), _TOGETHER)]
     out: list[dict[str, np.ndarray]] = [{} for _ in traces]
     with lm.active() as causal:
         cost = Cost.of(causal)
@@ -66,7 +68,9 @@ def completions_stats(
     return out
 
 
-def add_reference_logps(groups: Sequence[Group], reference: LM, cache: ArrayCache | None = None, say: Say | None = None) -> None:
+def add_reference_logps(
+    groups: Sequence[Group], reference: LM, cache: ArrayCache | None = None, say: Say | None = None
+) -> None:
     """Add the column of per-token reference log-probs, from the cache by content, computing what is missing."""
     shelf = (cache or ArrayCache()).context(reference.identity())
     traces = [t for g in groups for t in g.traces]
@@ -146,7 +150,7 @@ class Run:
         kind = self.resolve(slug)
         for f in dataclasses.fields(kind):
             if f.name in ("lm", "policy", "reference") and options.get(f.name) is None:
-                options[f.name] = self.reference
+                options[f.name] = self.given.get("reference") or self.policy.as_reference()
         return kind(**options)
 
     def credits(self, name: str, scorer: Scorer) -> list[list[np.ndarray]]:
@@ -233,13 +237,21 @@ class Run:
         )
         meta = {"method": self.slug, "options": describe(self.objective), "data": self.data_key(), "start": start}
         history = fit(
-            step, self.config, self.out, accelerator=accelerator, resume=resume, meta=meta, say=self.say, progress=self.progress
+            step,
+            self.config,
+            self.out,
+            accelerator=accelerator,
+            resume=resume,
+            meta=meta,
+            say=self.say,
+            progress=self.progress,
         )
         self.policy.changed()
         self.updates += len(history)
         record = {
             "method": self.slug,
             "options": describe(self.objective),
+            "config": asdict(self.config),
             "final": {k: v for k, v in (history[-1] if history else {}).items() if np.isfinite(v)},
             "updates": self.updates,
             "seconds": time.perf_counter() - started,
@@ -250,7 +262,6 @@ class Run:
                 seed=self.config.seed,
                 methods={self.slug: self.version},
                 data=data_hash(g.example for g in self.groups),
-                extra={"config": asdict(self.config)},
             ),
         }
         if final and accelerator.is_main_process:
@@ -272,4 +283,6 @@ def describe(thing: Any) -> Any:
         return [describe(v) for v in thing]
     if thing is None or isinstance(thing, (int, float, str, bool)):
         return thing
-    return getattr(thing, "__qualname__", None) or type(thing).__name__
+    code = getattr(thing, "__code__", None)  # two lambdas of one name are not one scorer
+    digest = key_of(list(code.co_code), [], repr(code.co_consts)) if code else ""
+    return (getattr(thing, "__qualname__", None) or type(thing).__name__) + (f"-{digest[:12]}" if digest else "")

@@ -130,7 +130,9 @@ class ObjectiveStep:
                 batch = self._batch(stats["policy"], order, groups)
                 loss: Loss = self.objective.loss(stats, batch, self.state)
                 if train:
-                    (self.accelerator.backward if self.accelerator is not None else torch.Tensor.backward)(loss.sum * weight)
+                    (self.accelerator.backward if self.accelerator is not None else torch.Tensor.backward)(
+                        loss.sum * weight
+                    )
             result.add(_result(loss, stats["policy"], batch, weight))
         return result
 
@@ -160,7 +162,9 @@ class ObjectiveStep:
             columns["mismatched_N"] = torch.tensor([k == 1 for _, k in order], device=device)
         pairs = label = None
         if self.objective.data == "pairs":
-            pairs = torch.tensor([[place[g, 0], place[g, 1]] for g in range(len(groups)) if (g, 0) in place], device=device)
+            pairs = torch.tensor(
+                [[place[g, 0], place[g, 1]] for g in range(len(groups)) if (g, 0) in place], device=device
+            )
         elif self.objective.data == "unpaired":
             label = torch.tensor([bool(groups[g].example.label) for g, _ in order], device=device)
         return Batch(pairs, columns, label, tuple(groups[g].example.row for g, _ in order))
@@ -179,7 +183,7 @@ def _reference_column(groups: Sequence[Group], g: int, k: int) -> np.ndarray:
 
 
 def _of_completion(column: Any, k: int) -> Any:
-    return column if np.ndim(column) == 0 and not isinstance(column, (list, tuple)) else column[k]
+    return column[k] if isinstance(column, (list, tuple, np.ndarray)) else column
 
 
 def _padded(arrays: Sequence[np.ndarray], like: Tensor) -> Tensor:

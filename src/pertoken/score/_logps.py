@@ -28,10 +28,9 @@ def completion_logps(models: Mapping[str, LM], traces: Sequence[Trace]) -> dict[
     for other in rest:
         same_vocabulary(first, other)
     same_tokenizer(first, traces)
-    said = [i for i, trace in enumerate(traces) if len(trace)]
-    out = {name: [np.zeros(len(trace)) for trace in traces] for name in models}
+    out: dict[str, list[np.ndarray]] = {name: [] for name in models}
     for name, lm in models.items():
-        for i, stats in zip(said, completions_stats(lm, [traces[i] for i in said]), strict=True):
+        for i, stats in enumerate(completions_stats(lm, traces)):
             values = np.where(traces[i].mask, stats["logp"], 0.0)
             if not np.isfinite(values).all():
                 t = int(np.flatnonzero(~np.isfinite(values))[0])
@@ -39,7 +38,7 @@ def completion_logps(models: Mapping[str, LM], traces: Sequence[Trace]) -> dict[
                     f"the log-prob of token {t} of {where(traces[i], i)} under {name} is {values[t]}; "
                     "do not mask the vocabulary of a scorer"
                 )
-            out[name][i] = values
+            out[name].append(values)
     return out
 
 

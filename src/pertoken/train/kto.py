@@ -13,7 +13,8 @@ prompt (`mismatched`): completions where the column ``mismatched_N`` is True giv
 KL, for those are what is trained on), and "zero" takes z0 = 0, which couples nothing.
 
 Differs from the authors' code: there, as in TRL 1.16, z0 is averaged over all processes; here each has its own. y' is
-the next row's response in the data, in the paper and the release the next one's in the batch, in TRL the one before.
+the response of the next row of the data with another prompt; in the paper and the release it is the next row's in the
+batch, in TRL the one before.
 """
 
 from __future__ import annotations
@@ -47,9 +48,9 @@ def kto_loss(
     undesirable_weight: float = 1.0,
 ) -> Tensor:
     """Losses (N,), each from 0 to its weight, from log-ratios (N,) in nats and labels (N,), True where desirable."""
-    sign_N = torch.where(label_N, 1.0, -1.0).to(logratio_N.dtype)
-    weight_N = torch.where(label_N, desirable_weight, undesirable_weight).to(logratio_N.dtype)
-    return weight_N * torch.sigmoid(-beta * sign_N * (logratio_N - z0))  # lambda - lambda sigmoid(x)
+    weight_N = torch.where(label_N, logratio_N.new_tensor(desirable_weight), logratio_N.new_tensor(undesirable_weight))
+    gain_N = torch.where(label_N, logratio_N - z0, z0 - logratio_N)
+    return weight_N * torch.sigmoid(-beta * gain_N)  # lambda - lambda sigmoid(beta gain)
 
 
 @dataclass(frozen=True, kw_only=True)

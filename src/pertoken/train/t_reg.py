@@ -145,7 +145,7 @@ class TReg:
             ValueError: ``token_reward="credit"`` and a row without that column.
         """
         if self.base == "simpo" and self.beta < 1:
-            run.report(f"t-reg: warning: beta={self.beta} is of DPO's scale; SimPO's is 2 to 10, gamma 0.3 to 0.5 of it")
+            run.report(f"t-reg: warning: beta={self.beta} is of DPO's scale; SimPO's is 2 to 10, with gamma half of it")
         if self.alpha == 0:
             return
         if self.token_reward == "credit":

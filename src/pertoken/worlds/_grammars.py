@@ -34,12 +34,13 @@ _REVIEWS = {
         "MORE±": "5 CLAUSE± | 1 CLAUSE∓",
         "MIXED": "+2 OPEN FIRST- but MORE+ . | -2 OPEN FIRST+ but MORE- . | +1 although FIRST- , MORE+ ."
         " | -1 although FIRST+ , MORE- .",
-        "FIRST±": "6 the =ASPECT BE VERDICT± | 2 the =ASPECT of this =TOPIC BE VERDICT± | 3 WHO FELT± the =ASPECT"
-        " | 2 the =ASPECT HAS±",
+        "FIRST±": "6 the ABOUT BE VERDICT± | 2 the ABOUT of this =TOPIC BE VERDICT± | 3 WHO FELT± the ABOUT"
+        " | 2 the ABOUT HAS±",
+        "ABOUT": "9 =ASPECT | ASPECT<TOPIC>",
         "CLAUSE±": "6 the ASPECT<TOPIC> BE VERDICT± | 3 WHO FELT± the ASPECT<TOPIC> | 2 the ASPECT<TOPIC> HAS±",
         "CLOSE±": "6 | 5 LAST± | 1 LAST∓ | 2 FILLER",
         "LAST±": "2 overall a ADJ± =TOPIC . | overall a STRONGER ADJ± =TOPIC . | not a ADJ∓ =TOPIC ."
-        " | not a very ADJ∓ =TOPIC .",
+        " | not a STRONGER ADJ∓ =TOPIC .",
         "FILLER": "3 | it took HOURS hours . | we went on DAY . | the TOPIC was near the PLACE ."
         " | the ASPECT<TOPIC> was COLOUR .",
         "BE": "5 was | seemed | felt | looked",
@@ -93,10 +94,7 @@ _REVIEWS = {
         **_all(-0.5, "hardly little"),
     },
     "closers": (".", ",", ":", "?", "and", "but", "although"),
-    "hidden": 192,
-    "layers": 2,
-    "heads": 6,
-    "feed_forward": 576,
+    "model": {"hidden_size": 192, "num_hidden_layers": 2, "num_attention_heads": 6, "intermediate_size": 576},
     "steps": 1200,
     "batch": 16,
     "learning_rate": 2e-3,
@@ -128,13 +126,10 @@ _LEXICON64 = {
         **_all(-1.0, "bad nasty cheap poor dirty sad cruel broken bitter horrible"),
     },
     "closers": (".", ":"),
-    "hidden": 64,
-    "layers": 2,
-    "heads": 4,
-    "feed_forward": 256,
-    "steps": 800,
-    "batch": 24,
-    "learning_rate": 4e-3,
+    "model": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256},
+    "steps": 1200,
+    "batch": 16,
+    "learning_rate": 3e-3,
 }
 
 PRESETS = {"reviews": _REVIEWS, "lexicon64": _LEXICON64}

@@ -2,10 +2,10 @@
 
 How a rule reads: `"NAME": "3 first choice | 1 second choice"`. Alternatives are separated by `|`; a leading number is
 the weight (1 if absent), and its sign, if written, is the pole: a tilt multiplies the weight of `+3 ...` by exp(tilt)
-and that of `-3 ...` by exp(-tilt). An alternative may be empty, but writes its weight then. UPPER CASE words are symbols with a rule of their own, all
-others are words of the language. `=SLOT` is the word that the environment (the prompt) put in SLOT, and `NAME<SLOT>` is
-the rule `NAME<that word>`. A rule whose name holds `±` stands for two rules, one with + and one with -; in its text `±`
-is the same sign and `∓` the other one. Rules are not left-recursive.
+and that of `-3 ...` by exp(-tilt). An alternative may be empty, but then writes its weight. UPPER CASE words are
+symbols with a rule of their own, all others are words of the language. `=SLOT` is the word that the environment (the
+prompt) put in SLOT, and `NAME<SLOT>` is the rule `NAME<that word>`. A rule whose name holds `±` stands for two rules,
+one with + and one with -; in its text `±` is the same sign and `∓` the other one. Rules are not left-recursive.
 """
 
 import bisect

@@ -12,7 +12,7 @@ from ..core.data import Example, Group
 from ..core.lm import LM, load
 from ..core.rollout import Sampling, sample
 from ..core.trace import Trace
-from .grammar import GRAMMARS, Grammar, prompts, token_truth, train_lm
+from .grammar import GRAMMARS, Grammar, prompts, train_lm
 
 
 def group_of(chosen: Trace, rejected: Trace, prompt: Any, scores: tuple[float, float], row: int, source: str) -> Group:
@@ -65,8 +65,9 @@ class GrammarPairs:
         return load(self.base, device="cpu", attention="sdpa")
 
     def truth(self, trace: Trace) -> np.ndarray:
-        """True credit of each completion token."""
-        return token_truth(self.grammar, trace.text, eos=trace.ended)
+        """True credit of each completion token (a token is a word here; special ones earn nothing)."""
+        words = [piece.decode("utf8").strip() or "<eos>" for piece in trace.completion_pieces]
+        return self.grammar.credit(words)
 
     def truths(self) -> list[np.ndarray]:
         """Of every held-out completion, in order."""

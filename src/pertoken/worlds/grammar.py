@@ -26,10 +26,8 @@ Text. A text is a run of words, each with its leading space (" the plot was good
 
 import functools
 import hashlib
-import json
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -37,8 +35,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pertoken.worlds._grammars import PRESETS
-from pertoken.worlds._rules import Table, draw, expand, inside, parse, resolve
+from ._grammars import PRESETS
+from ._rules import Table, draw, expand, inside, parse, resolve
+from ._tiny_lm import cached_folder, fit
 
 CODE_VERSION = 1  # of the sampling and training code: part of the cache's key, raise it when the weights would change
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")  # ids 0, 1, 2, 3
@@ -71,13 +70,10 @@ class Grammar:
     negators: Mapping[str, float] = field(default_factory=dict)  # n < 0
     closers: tuple[str, ...] = ()  # words that end the scope of a negator
     tilt: float = 1.0  # log factor on the weight of + and - alternatives under a polarity
-    hidden: int = 64
-    layers: int = 2
-    heads: int = 4
-    feed_forward: int = 256
-    steps: int = 400
-    batch: int = 64  # reviews a step
-    learning_rate: float = 5e-3
+    model: Mapping[str, int]  # size of the LM, as LlamaConfig names it
+    steps: int
+    batch: int  # reviews a step
+    learning_rate: float  # peak of the cosine schedule
     context: int = 512  # tokens
 
     def table(self, polarity: str | None = None) -> Table:
@@ -92,12 +88,15 @@ class Grammar:
 
     @functools.cached_property
     def _prompts(self) -> dict[tuple[str, ...], dict[str, str]]:
-        """Every prompt -> its slots. A prompt names all slots that a completion uses."""
+        """Every prompt -> its slots."""
         bindings: list[dict[str, str]] = [{}]
         for slot, symbol in self.slots.items():
             bindings = [env | {slot: side[0]} for env in bindings for side in self.table()[resolve(symbol, env)][1]]
         sides = self.table()["PROMPT"][1]
-        return {tuple(resolve(s, env) for s in side): env for side in sides for env in bindings}
+        found = {tuple(resolve(s, env) for s in side): env for side in sides for env in bindings}
+        if len(found) < len(sides) * len(bindings):  # the completion's words would depend on a slot nobody can read
+            raise ValueError(f"grammar {self.name!r}: two prompts read the same; name every slot in every PROMPT")
+        return found
 
     @functools.cached_property
     def vocabulary(self) -> tuple[str, ...]:
@@ -106,7 +105,7 @@ class Grammar:
         return tuple(sorted({s for side in sides for s in side if not (s[0] == "=" or s[0].isupper())}))
 
     def sample(self, n: int, rng: np.random.Generator, polarity: str | None = None) -> list[Review]:
-        """n reviews: the prompt's template and slots uniform by template weight, then the completion by the rules."""
+        """n independent reviews: first the slots and the prompt, then the completion, each drawn by the rules."""
         table, (cumulative, sides) = self.table(polarity), self.table()["PROMPT"]
         reviews = []
         for _ in range(n):
@@ -213,66 +212,23 @@ def train_lm(
 ) -> Path:
     """Train the grammar's LM on fresh samples, each seen once, and return its Hugging Face folder (safetensors).
 
-    The folder `grammar-<name>-<hash>` lies under `folder`, else $PERTOKEN_CACHE, else ~/.cache/pertoken; if it is there
-    it is returned at once. The weights are a function of grammar, seed and polarity on one machine and thread count.
+    The folder is `grammar-<name>-<hash of grammar, seed, polarity and code version>` under `folder`, else
+    $PERTOKEN_CACHE, else ~/.cache/pertoken; if it is there it is returned at once.
     """
-    key = json.dumps([asdict(grammar), seed, polarity, CODE_VERSION], sort_keys=True)
-    root = Path(folder or os.environ.get("PERTOKEN_CACHE") or Path.home() / ".cache" / "pertoken")
-    target = root / f"grammar-{grammar.name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-    if target.is_dir():
-        return target
-    model = _fit(grammar, seed, polarity, progress)
-    root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=root, prefix=f".{target.name}-") as scratch:
-        finished = Path(scratch) / "model"
-        model.save_pretrained(finished)
-        grammar.tokenizer().save_pretrained(finished)
-        try:
-            finished.rename(
-                target
-            )  # whole or not at all; a concurrent caller that came first wins, its folder is equal
-        except OSError:
-            if not target.is_dir():
-                raise
-    return target
 
+    def build(path: Path) -> None:
+        ids = {word: i for i, word in enumerate(grammar.vocabulary, start=len(SPECIAL))}
+        reviews = grammar.sample(grammar.steps * grammar.batch, np.random.default_rng(seed), polarity)
+        model = fit(
+            [[1, *(ids[word] for word in review.prompt + review.completion), 2] for review in reviews],
+            size={"vocab_size": len(SPECIAL) + len(ids), "max_position_embeddings": grammar.context, **grammar.model},
+            batch=grammar.batch,
+            learning_rate=grammar.learning_rate,
+            seed=seed,
+            description=f"train LM {grammar.name} ({polarity or 'plain'})",
+            progress=progress,
+        )
+        model.save_pretrained(path)
+        grammar.tokenizer().save_pretrained(path)
 
-def _fit(grammar: Grammar, seed: int, polarity: str | None, progress: bool) -> Any:
-    import torch
-    from rich.console import Console
-    from rich.progress import track
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    rng = np.random.default_rng(seed)
-    ids = {word: i + len(SPECIAL) for i, word in enumerate(grammar.vocabulary)}
-    reviews = grammar.sample(grammar.steps * grammar.batch, rng, polarity)
-    rows = [[1, *(ids[word] for word in review.prompt + review.completion), 2] for review in reviews]
-    # A batch holds reviews of almost equal length, padded on the right: the causal mask alone keeps the padding unseen,
-    # and no review can attend to another one, so a packed row's block mask is not needed.
-    rows.sort(key=len)
-    batches = rng.permutation(grammar.steps)
-    config = LlamaConfig(
-        vocab_size=len(SPECIAL) + len(grammar.vocabulary), hidden_size=grammar.hidden, intermediate_size=grammar.feed_forward,
-        num_hidden_layers=grammar.layers, num_attention_heads=grammar.heads, num_key_value_heads=grammar.heads,
-        max_position_embeddings=grammar.context, pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(config).float()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=grammar.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    model.train()
-    description, console = f"train LM {grammar.name} ({polarity or 'plain'})", Console(stderr=True)
-    for step in track(range(grammar.steps), description, console=console, disable=not progress):
-        warmup, done = (step + 1) / max(1, grammar.steps // 20), step / grammar.steps
-        optimizer.param_groups[0]["lr"] = grammar.learning_rate * min(warmup, 0.5 * (1 + math.cos(math.pi * done)))
-        chosen = rows[batches[step] * grammar.batch : (batches[step] + 1) * grammar.batch]
-        padded = torch.zeros(len(chosen), len(chosen[-1]), dtype=torch.long)
-        for row, tokens in zip(padded, chosen, strict=True):
-            row[: len(tokens)] = torch.tensor(tokens)
-        logits = model(input_ids=padded[:, :-1], use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), padded[:, 1:].flatten(), ignore_index=0)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    return model.eval()
+    return cached_folder(f"grammar-{grammar.name}", [asdict(grammar), seed, polarity, CODE_VERSION], build, folder)

@@ -1,0 +1,155 @@
+"""From hidden states to log-probs: the LM head, and what a chunk of its logits says. `stats` feeds it chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from .packing import evaluating
+
+DESCRIPTIVE = ("entropy", "top1", "top1_logp", "rank", "sumsq")
+
+
+class Head:
+    """The map from hidden state to logits of a causal LM, with the scalings that some architectures add after it.
+
+    Attributes:
+        module: the output embedding; `plain` if it is an ordinary linear layer, which no adapter has wrapped.
+        vocabulary: V.
+
+    Raises:
+        ValueError: the architecture does something else to its logits (checked once, on four tokens).
+    """
+
+    def __init__(self, causal: Any):
+        config = causal.config.get_text_config()
+        self.module = causal.get_output_embeddings()
+        self.softcap = getattr(config, "final_logit_softcapping", None)
+        scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None)
+        self.scale = float(scale) if scale else 1.0 / float(getattr(config, "logits_scaling", None) or 1.0)
+        self.plain = type(self.module) is nn.Linear and type(self.module.weight) is nn.Parameter
+        self.fused = self.plain and not self.softcap and self.scale == 1.0
+        self.vocabulary = int(self.module.weight.shape[0])
+        if causal not in _checked_heads:
+            self._check(causal, config.vocab_size)
+            _checked_heads[causal] = True
+
+    def _check(self, causal: Any, vocabulary: int) -> None:
+        if causal.base_model is causal:
+            raise ValueError(f"{type(causal).__name__} has no backbone that runs without its head")
+        ids = torch.arange(4, device=self.module.weight.device)[None] % vocabulary
+        with torch.no_grad(), evaluating(causal):
+            ours = self(causal.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+            theirs = causal(input_ids=ids, use_cache=False).logits.to(ours.dtype)
+        if not bool((ours - theirs).abs().max() <= 1e-2 * theirs.abs().max()):
+            raise ValueError(f"{type(causal).__name__} changes its logits after the head in a way not known here")
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Logits in float32 or better, shape (..., V)."""
+        logits = _at_least_float32(self.module(hidden))
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
+
+
+_checked_heads: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def log_probs(
+    hidden: Tensor, ids: Tensor, head: Head, wants: tuple[str, ...], ready: Callable[[], AbstractContextManager[None]]
+) -> dict[str, Tensor]:
+    """``logp`` and the descriptive statistics `wants` of one model.
+
+    Args:
+        hidden, ids: of one chunk, (chunk, H) and (chunk,).
+        ready: entered whenever the head runs, in backward too.
+
+    Returns:
+        (chunk,) each.
+    """
+    if head.fused:
+        values = _FusedLogProb.apply(hidden, head.module.weight, head.module.bias, ids, wants)
+        return dict(zip(("logp", *wants), values, strict=True))
+
+    def chunk(h: Tensor) -> tuple[Tensor, ...]:
+        with ready():
+            logp = torch.log_softmax(head(h), -1)
+        with torch.no_grad():
+            described = describe(logp, ids, wants)
+        return (logp.gather(-1, ids[:, None])[:, 0], *(described[w] for w in wants))
+
+    values = checkpoint(chunk, hidden, use_reentrant=False) if torch.is_grad_enabled() else chunk(hidden)
+    return dict(zip(("logp", *wants), values, strict=True))
+
+
+def describe(logp: Tensor, ids: Tensor, wants: tuple[str, ...]) -> dict[str, Tensor]:
+    """Descriptive statistics of log-probs (chunk, V) at the drawn `ids` (chunk,)."""
+    out: dict[str, Tensor] = {}
+    chosen = logp.gather(-1, ids[:, None])
+    for want in wants:
+        if want == "entropy":
+            out[want] = -torch.where(logp > -torch.inf, logp * logp.exp(), 0.0).sum(-1)
+        elif want == "rank":
+            out[want] = (logp > chosen).sum(-1)
+        elif want == "sumsq":
+            out[want] = (2 * logp).exp().sum(-1)
+        elif want == "top1":
+            out[want] = logp.argmax(-1)
+        elif want == "top1_logp":
+            out[want] = logp.amax(-1)
+    return out
+
+
+def kl_divergence(logp: Tensor, logq: Tensor) -> Tensor:
+    """KL(p || q) in nats over the last axis, from log-probs; 0 log 0 = 0, and infinite where q lacks p's support."""
+    p = logp.exp()
+    # the difference is chosen, not the product: the gradient of 0 * inf would be NaN
+    return (p * torch.where(p > 0, logp - logq, 0.0)).sum(-1)
+
+
+class _FusedLogProb(torch.autograd.Function):
+    """log softmax(h W^T + b)[ids] with one (chunk, V) buffer in each direction.
+
+    The gradient of a token's log-prob with respect to its logits is ``onehot(id) - softmax``; the backward pass makes
+    the logits again and turns that one buffer into it in place.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, wants: tuple[str, ...]):
+        logits = _at_least_float32(F.linear(hidden, weight, bias))
+        lse = torch.logsumexp(logits, -1)
+        logp = logits.gather(-1, ids[:, None])[:, 0] - lse
+        described = describe(logits.sub_(lse[:, None]), ids, wants) if wants else {}
+        ctx.save_for_backward(hidden, weight, bias, ids, lse)
+        ctx.autocast = torch.is_autocast_enabled(hidden.device.type), torch.get_autocast_dtype(hidden.device.type)
+        values = tuple(described[w] for w in wants)
+        ctx.mark_non_differentiable(*values)
+        return (logp, *values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_described: Tensor):
+        hidden, weight, bias, ids, lse = ctx.saved_tensors
+        with torch.autocast(hidden.device.type, enabled=ctx.autocast[0], dtype=ctx.autocast[1]):  # as forward was
+            delta = _at_least_float32(F.linear(hidden, weight, bias))
+        delta.sub_(lse[:, None]).exp_()
+        delta.mul_(-grad[:, None])
+        delta.scatter_add_(-1, ids[:, None], grad[:, None].to(delta.dtype))
+        delta = delta.to(hidden.dtype)
+        needs = ctx.needs_input_grad
+        d_hidden = delta @ weight if needs[0] else None
+        d_weight = delta.T @ hidden if needs[1] else None
+        d_bias = delta.sum(0) if bias is not None and needs[2] else None
+        return d_hidden, d_weight, d_bias, None, None
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()

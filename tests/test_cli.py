@@ -1,0 +1,111 @@
+"""The command line: what a user types, what comes back, and sentences for what is wrong."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from pertoken.cli import main
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny model as a folder."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("model")
+    return str(tiny.lm(dtype=torch.float32).save(folder))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    rows = [{"prompt": f"film {i}", "chosen": f"great plot {i}", "rejected": "dull"} for i in range(12)]
+    rows.append({"prompt": "film", "chosen": " ", "rejected": "dull"})
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return str(path)
+
+
+def test_methods_lists_without_torch():
+    script = "import sys; from pertoken.cli import main; main(['methods']); print('torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert "t-reg" in out and "2412.02685" in out and out.strip().endswith("False")
+
+
+def test_about_shows_equation_and_options(capsys):
+    assert main(["about", "dpo"]) == 0
+    said = capsys.readouterr().out
+    assert "log sigmoid" in said and "label_smoothing" in said and "2305.18290" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["about", "t-rge"], "did you mean t-reg"),
+        (["trian"], "did you mean train"),
+        (["train", "vader"], "trains nothing"),
+        (["train"], "name one method"),
+        (["train", "dpo"], "no data"),
+        (["score", "dpo", "--response", "x"], "scores nothing"),
+        (["compare", "train", "dpo", "--set", "beta"], "METHOD.OPTION=VALUE"),
+        (["compare", "train", "dpo", "--set", "gamma=1"], "no such option"),
+        (["compare", "train", "dpo", "kto"], "takes unpaired data"),
+        (["view", "nowhere.jsonl"], "there is no file"),
+        (["train", "dpo", "--config", "nowhere.yaml"], "no run file"),
+    ],
+)
+def test_mistakes_get_a_sentence(words, hint, capsys, model):
+    if words[0] in ("train", "score", "compare") and len(words) > 1:
+        words = [*words, "--model", model]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert hint in said and said.count("\n") == 1
+
+
+def test_train_writes_a_model_a_record_and_a_run_file(tmp_path, model, data, capsys):
+    out = tmp_path / "run"
+    words = ["train", "dpo", "--beta", "0.2", "--data", data, "--model", model, "--out", str(out)]
+    assert main([*words, "--steps", "2", "--batch-size", "4"]) == 0
+    record = json.loads((out / "results.json").read_text())
+    assert record["options"]["beta"] == 0.2 and record["updates"] == 2
+    assert any("empty" in note for note in record["notes"])  # the bad row is counted in the record
+    assert (out / "model" / "model.safetensors").exists()
+    assert main([*words, "--steps", "2", "--batch-size", "4"]) == 2
+    assert "nothing is overwritten" in capsys.readouterr().err
+    again = tmp_path / "again"
+    assert main(["train", "dpo", "--config", str(out / "run.yaml"), "--out", str(again)]) == 0
+    other = json.loads((again / "results.json").read_text())
+    assert other["final"]["loss"] == record["final"]["loss"]
+
+
+def test_unknown_option_in_a_run_file_is_named(tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text("method: {betta: 1}")
+    assert main(["train", "dpo", "--config", str(path)]) == 2
+    assert "'betta'" in capsys.readouterr().err
+
+
+def test_score_saves_and_view_draws(tmp_path, model, data, capsys):
+    saved, page = tmp_path / "credit.jsonl", tmp_path / "page.html"
+    words = ["score", "vader", "--data", data, "--model", model, "--limit", "2"]
+    assert main([*words, "--save", str(saved), "--html", str(page)]) == 0
+    assert len(saved.read_text().splitlines()) == 4 and "<html" in page.read_text()
+    assert main(["view", str(saved)]) == 0
+    assert "great" in capsys.readouterr().out
+
+
+def test_compare_ends_with_a_report(tmp_path, model, data, capsys):
+    words = ["compare", "train", "dpo", "soft=dpo", "--set", "soft.label_smoothing=0.2", "--data", data]
+    options = ["--model", model, "--steps", "2", "--batch-size", "4", "--seeds", "1", "2", "--sample-tokens", "4"]
+    assert main([*words, *options, "--out", str(tmp_path / "c")]) == 0
+    report = capsys.readouterr().out.strip().splitlines()[-1]
+    assert "soft" in open(report).read()
+    record = json.loads((tmp_path / "c" / "comparison.json").read_text())
+    assert [(o["arm"], o["seed"]) for o in record["outcomes"]] == [("dpo", 1), ("dpo", 2), ("soft", 1), ("soft", 2)]
+
+
+def test_check_logprobs(model, capsys):
+    assert main(["check", "logprobs", "--model", model, "--prompts", "2", "--samples", "2", "--tokens", "5"]) == 0
+    assert "ok" in capsys.readouterr().out
