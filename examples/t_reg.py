@@ -169,8 +169,10 @@ def _grammar() -> dict[str, Any]:
     world = grammar_pairs("lexicon64", n_train=480, n_held_out=200)
     scorer = ContrastivePrompt(policies=class_conditional("lexicon64"))
     evaluation = Evaluation(held_out=world.held_out, quality=credit_quality, truths=world.truths())
-    # The specification's pilot: 60 updates of 16 pairs.
-    config = LoopConfig(lr=2e-4, batch_size=16, epochs=2)
+    # The operating point of examples/tdpo.py, chosen there by plain DPO on development pairs.
+    config = LoopConfig(
+        lr=2e-4, optimizer="rmsprop", batch_size=16, steps=60, schedule="constant", warmup=0.0, max_grad_norm=10.0
+    )
     return {
         "name": "grammar world, preset lexicon64",
         "policy": world.policy,

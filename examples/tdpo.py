@@ -1,8 +1,10 @@
 """TDPO's acceptance figure: what the token-level KL terms keep of the reference, at which accuracy.
 
 World: the 64-word sentiment language of the specification and a 2-layer LM trained on it; 480 pairs, the best and the
-worst of four samples of that LM. Every arm makes the same 60 updates of 16 pairs (RMSprop 5e-5, constant, the
-specification's pilot) in the same order. Accuracy is the share of held-out pairs with u(y_w) > u(y_l), WITHOUT the KL
+worst of four samples of that LM. Every arm makes the same 60 updates of 16 pairs in the same order, with RMSprop, a
+constant rate and the release's clipping at norm 10. The specification's pilot had a rate of 5e-5; on this language DPO
+hardly moves with it (forward KL 0.4 nats a response, accuracy 0.83 on development pairs of training prompts), and 2e-4 is
+the first of 5e-5, 2e-4, 5e-4 that brings plain DPO to the pilot's KL of about 10 there. Accuracy is the share of held-out pairs with u(y_w) > u(y_l), WITHOUT the KL
 term; the logged one of the release includes it and is printed beside. KL is the sequential forward KL(ref || policy)
 on held-out CHOSEN responses.
 
@@ -35,6 +37,11 @@ from pertoken.results import save_result
 from pertoken.train.dpo import DPO
 from pertoken.train.tdpo import TDPO
 from pertoken.worlds.experiment import grammar_pairs
+
+
+GRAMMAR_LOOP = LoopConfig(
+    lr=2e-4, optimizer="rmsprop", batch_size=16, steps=60, schedule="constant", warmup=0.0, max_grad_norm=10.0
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +161,7 @@ def _stopped_early(
 
 def _grammar() -> dict[str, Any]:
     world = grammar_pairs("lexicon64", n_train=480, n_held_out=200)
-    config = LoopConfig(lr=5e-5, optimizer="rmsprop", batch_size=16, steps=60, schedule="constant", warmup=0.0)
+    config = GRAMMAR_LOOP
     return {
         "name": "grammar world, preset lexicon64",
         "policy": world.policy,

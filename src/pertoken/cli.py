@@ -37,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"pertoken: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("pertoken: stopped; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
         return 130
@@ -190,12 +193,28 @@ def _train_kind(slug: str) -> Any:
     from .api import TrainOptions
     from .catalog import method
 
-    own, run = method(slug), TrainOptions
+    own, run = _typed(method(slug)), TrainOptions
     fields = [
         ("method", own, dataclasses.field(default_factory=own)),
         ("run", run, dataclasses.field(default_factory=run)),
     ]
     return dataclasses.make_dataclass("Train", fields)
+
+
+def _typed(kind: type[Any]) -> type[Any]:
+    """The options without those that only Python can give (a scorer, a callable: annotated Any)."""
+    import typing
+
+    import tyro
+
+    hints = typing.get_type_hints(kind)
+    hidden = [f for f in dataclasses.fields(kind) if hints[f.name] is Any]
+    if not hidden:
+        return kind
+    fields = [(f.name, typing.Annotated[Any, tyro.conf.Suppress], dataclasses.field(default=f.default)) for f in hidden]
+    shown = dataclasses.make_dataclass(kind.__name__, fields, bases=(kind,), frozen=True, kw_only=True)
+    shown.__doc__ = kind.__doc__
+    return shown
 
 
 def _train(words: Sequence[str]) -> None:

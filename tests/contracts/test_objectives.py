@@ -72,7 +72,7 @@ def test_only_emitted_tokens_count(row, objective):
 
 @every_variant
 def test_loss_is_total(row, objective):
-    """Equal responses, empty responses and a single row have a finite loss, gradient and metrics."""
+    """Equal responses, empty responses and (where none is mismatched) a single row have a finite loss, gradient and metrics."""
     lm = model("policy")
     one, other = (tiny.groups(lm, n=1, k=1, seed=seed)[0][0] for seed in (1, 2))
     empty = lm.trace_of_ids(one.prompt_ids, [])
@@ -80,7 +80,8 @@ def test_loss_is_total(row, objective):
     for traces in ((one, one), (one, empty), (empty, again), (empty, empty)):
         k = 2 if objective.data == "pairs" else 1
         for completions in [traces] if k == 2 else [traces[:1], traces[1:]]:
-            found = objective_pass(objective, make_groups(objective, completions=[completions]))
+            beside = [[other]] if getattr(objective, "mismatched", False) else []  # a response to another prompt
+            found = objective_pass(objective, make_groups(objective, completions=[completions, *beside]))
             assert math.isfinite(found.sum) and math.isfinite(found.count)
             assert torch.isfinite(found.grads).all()
             assert all(math.isfinite(x) for pair in found.metrics.values() for x in pair)

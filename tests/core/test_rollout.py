@@ -8,14 +8,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy.stats import chisquare
-from tests import tiny
-from tests.methods.one_pass import exact_lm
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from pertoken.core.lm import LM
 from pertoken.core.rollout import Sampling, check_logprobs, inverse_cdf, sample
 from pertoken.core.trace import Trace
+from tests import tiny
+from tests.methods.one_pass import exact_lm
 
 PROMPTS = ["a", "how was the film", "The plot was great, the acting was not. A dull, lifeless film", "user question"]
 TRANSFORMS = [
@@ -104,7 +103,7 @@ def test_recorded_log_probs_are_those_of_a_fresh_forward(name, how):
         logits = one_by_one(lm, trace)
         policy = logits.log_softmax(-1)
         for t, token in enumerate(trace.completion_ids):
-            forbidden = sorted(lm.stop_ids) if t < how.min_new_tokens else []
+            forbidden = [i for i in lm.stop_ids if i < logits.shape[1] and t < how.min_new_tokens]
             drawn = naive_logps(logits[t].numpy().copy(), how, forbidden)
             assert trace.policy_logps[t] == pytest.approx(float(policy[t, token]), abs=1e-4)
             assert trace.sampled_logps[t] == pytest.approx(drawn[token], abs=1e-3)  # 1e-4 / lowest temperature
@@ -117,8 +116,8 @@ def test_sampling_transform_equals_the_naive_one():
         ours = how.logps(torch.from_numpy(logits)).numpy()
         naive = np.stack([naive_logps(row.copy(), how, []) for row in logits])
         np.testing.assert_allclose(ours, naive, atol=1e-12)
-    cold = Sampling(temperature=1e-30).logps(torch.tensor([[1.0, 3.0, 2.0]]))
-    assert cold.tolist() == [[-math.inf, 0.0, -math.inf]]
+    cold = Sampling(temperature=1e-37).logps(torch.tensor([[10.0, 30.0, 20.0]]))  # 30 / 1e-37 is beyond float32
+    assert cold.exp().tolist() == [[0.0, 1.0, 0.0]]
 
 
 def test_check_detects_a_tampered_log_prob():
@@ -208,8 +207,8 @@ def test_temperature_zero_is_transformers_greedy_search(name):
 
 
 def test_draws_follow_the_distribution():
-    """20 000 first tokens by chi-square. The bound's false-alarm rate is 1e-6 a run with a fresh seed; the seed is fixed,
-    so it is 0 from now on. The same test rejects a temperature that is off by a tenth."""
+    """20 000 first tokens by chi-square. The bound's false-alarm rate is 1e-6 with a fresh seed; the seed is fixed, so
+    it is 0 from now on. The same test rejects a temperature that is off by a tenth."""
     config = LlamaConfig(
         vocab_size=24,
         hidden_size=16,
@@ -232,7 +231,10 @@ def test_draws_follow_the_distribution():
         p = np.exp(naive_logps(logits.copy(), dataclasses.replace(how, temperature=temperature), []))
         assert counts[p == 0].sum() == 0
         kept = p * 20_000 > 5
-        return float(chisquare([*counts[kept], counts[~kept].sum() + 1e-9], [*p[kept] * 20_000, p[~kept].sum() * 20_000 + 1e-9]).pvalue)
+        found, wanted = (np.append(x[kept], x[~kept].sum()) for x in (counts, p * 20_000))
+        cells = wanted > 0
+        statistic = ((found - wanted)[cells] ** 2 / wanted[cells]).sum()
+        return float(torch.special.gammaincc(torch.tensor((cells.sum() - 1) / 2), torch.tensor(statistic / 2)))
 
     assert p_value(0.8) > 1e-6
     assert p_value(0.88) < 1e-6
@@ -280,7 +282,11 @@ def test_dropout_is_off_and_stays_as_it_was():
 def test_what_a_trace_says_of_itself():
     lm = MODELS["llama"]()
     how, finished = Sampling(max_new_tokens=3, top_p=0.9), []
-    turns = [{"role": "user", "content": "how"}, {"role": "assistant", "content": "so"}, {"role": "user", "content": "?"}]
+    turns = [
+        {"role": "user", "content": "how"},
+        {"role": "assistant", "content": "so"},
+        {"role": "user", "content": "?"},
+    ]
     encoded = lm.encode_prompt("how")
     drawn = sample(lm, ["how", turns, encoded], 2, how, seed=4, system="sys", batch=2, progress=finished.append)
     assert sum(finished) == 6
@@ -307,7 +313,7 @@ def test_what_a_trace_says_of_itself():
     ],
 )
 def test_settings_out_of_range(wrong):
-    with pytest.raises(ValueError, match="must lie|are needed"):
+    with pytest.raises(ValueError, match=r"must lie|are needed"):
         Sampling(**wrong)
 
 

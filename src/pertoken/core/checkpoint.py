@@ -1,11 +1,12 @@
 """Checkpoints: whole or absent, and readable without pickle.
 
 A checkpoint is a folder of safetensors and JSON, written beside its place and renamed when all of it is on disk. A full
-disk or a kill in the middle leaves the last good one as it was.
+disk or a kill in the middle leaves the last good one as it was. What a folder holds already is refused here, too.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from .record import read_json, write_json
 
+RESULT = "results.json"
 _NAME = re.compile(r"^checkpoint-(\d+)$")
 
 
@@ -27,6 +29,46 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """(step, folder) of every whole checkpoint, oldest first."""
     found = [(int(m.group(1)), p) for p in Path(folder).glob("checkpoint-*") if (m := _NAME.match(p.name))]
     return sorted(found)
+
+
+def refuse_old_run(out: Path, resume: bool) -> None:
+    """An output folder is new, or a run to be resumed.
+
+    Raises:
+        ValueError: it holds a run and `resume` is off, or something that is no run.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; name a folder")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    finished, steps = (out / RESULT).exists(), [s for s, _ in checkpoints(out)]
+    if not resume:
+        what = "a finished run" if finished else f"a run stopped at update {steps[-1]}" if steps else "files"
+        raise ValueError(
+            f"{out} holds {what}; nothing is overwritten: choose another folder, or continue it with --resume"
+        )
+    if not (finished or steps or any((out / name).exists() for name in ("log.jsonl", "stages"))):
+        raise ValueError(f"{out} holds files, but no run to resume; choose another folder")
+
+
+def refuse_other_run(path: Path, same: Mapping[str, Any]) -> None:
+    """What a checkpoint's run was made with must be what it is resumed with.
+
+    Raises:
+        ValueError: it is not; names the options that differ.
+    """
+    was, now = read_json(path / "state.json"), json.loads(json.dumps(dict(same)))
+    odd: list[str] = []
+    for key, value in now.items():
+        old = was.get(key)
+        if isinstance(value, dict) and isinstance(old, dict):
+            odd += [f"{key}.{k}" for k in value | old if value.get(k) != old.get(k) or (k in value) != (k in old)]
+        elif value != old:
+            odd.append(key)
+    if odd:
+        raise ValueError(
+            f"{path.parent} was run with other {', '.join(odd)}; resume with the same, or choose a new folder"
+        )
 
 
 def save_checkpoint(

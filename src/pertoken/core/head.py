@@ -9,7 +9,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -64,30 +63,38 @@ _checked_heads: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def log_probs(
-    hidden: Tensor, ids: Tensor, head: Head, wants: tuple[str, ...], ready: Callable[[], AbstractContextManager[None]]
+    hidden: Tensor,
+    ids: Tensor,
+    head: Head,
+    wants: tuple[str, ...],
+    ready: Callable[[], AbstractContextManager[None]],
+    step: int,
 ) -> dict[str, Tensor]:
     """``logp`` and the descriptive statistics `wants` of one model.
 
     Args:
-        hidden, ids: of one chunk, (chunk, H) and (chunk,).
+        hidden, ids: of M positions, (M, H) and (M,).
         ready: entered whenever the head runs, in backward too.
+        step: positions whose logits exist together.
 
     Returns:
-        (chunk,) each.
+        (M,) each.
     """
     if head.fused:
-        values = _FusedLogProb.apply(hidden, head.module.weight, head.module.bias, ids, wants)
+        values = _FusedLogProb.apply(hidden, head.module.weight, head.module.bias, ids, wants, step)
         return dict(zip(("logp", *wants), values, strict=True))
 
-    def chunk(h: Tensor) -> tuple[Tensor, ...]:
+    def chunk(h: Tensor, i: Tensor) -> tuple[Tensor, ...]:
         with ready():
             logp = torch.log_softmax(head(h), -1)
         with torch.no_grad():
-            described = describe(logp, ids, wants)
-        return (logp.gather(-1, ids[:, None])[:, 0], *(described[w] for w in wants))
+            described = describe(logp, i, wants)
+        return (logp.gather(-1, i[:, None])[:, 0], *(described[w] for w in wants))
 
-    values = checkpoint(chunk, hidden, use_reentrant=False) if torch.is_grad_enabled() else chunk(hidden)
-    return dict(zip(("logp", *wants), values, strict=True))
+    rows = []
+    for h, i in zip(hidden.split(step), ids.split(step), strict=True):
+        rows.append(checkpoint(chunk, h, i, use_reentrant=False) if torch.is_grad_enabled() else chunk(h, i))
+    return dict(zip(("logp", *wants), map(torch.cat, zip(*rows, strict=True)), strict=True))
 
 
 def describe(logp: Tensor, ids: Tensor, wants: tuple[str, ...]) -> dict[str, Tensor]:
@@ -116,39 +123,58 @@ def kl_divergence(logp: Tensor, logq: Tensor) -> Tensor:
 
 
 class _FusedLogProb(torch.autograd.Function):
-    """log softmax(h W^T + b)[ids] with one (chunk, V) buffer in each direction.
+    """log softmax(h W^T + b)[ids], a chunk of (step, V) at a time.
 
-    The gradient of a token's log-prob with respect to its logits is ``onehot(id) - softmax``; the backward pass makes
-    the logits again and turns that one buffer into it in place.
+    With p the probabilities and g what comes from above, the gradients of a token's log-prob are
+
+        dh = g (W[id] - p W),    dW = (onehot(id) - p)^T (g h),    db = g (onehot(id) - p).
+
+    The p of the last chunk are kept for backward, which needs such a buffer anyway; those of the others are made again.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, wants: tuple[str, ...]):
-        logits = _at_least_float32(F.linear(hidden, weight, bias))
-        lse = torch.logsumexp(logits, -1)
-        logp = logits.gather(-1, ids[:, None])[:, 0] - lse
-        described = describe(logits.sub_(lse[:, None]), ids, wants) if wants else {}
-        ctx.save_for_backward(hidden, weight, bias, ids, lse)
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, wants: tuple[str, ...], step: int
+    ):
+        rows, sums, logp = [], [], hidden
+        for h, i in zip(hidden.split(step), ids.split(step), strict=True):
+            logits = _at_least_float32(F.linear(h, weight, bias))
+            sums.append(torch.logsumexp(logits, -1, keepdim=True))
+            logp = logits.sub_(sums[-1])
+            described = describe(logp, i, wants) if wants else {}
+            rows.append((logp.gather(-1, i[:, None])[:, 0], *(described[w] for w in wants)))
+        ctx.save_for_backward(hidden, weight, bias, ids, torch.cat(sums), logp.exp_())
         ctx.autocast = torch.is_autocast_enabled(hidden.device.type), torch.get_autocast_dtype(hidden.device.type)
-        values = tuple(described[w] for w in wants)
-        ctx.mark_non_differentiable(*values)
-        return (logp, *values)
+        ctx.step = step
+        values = tuple(map(torch.cat, zip(*rows, strict=True)))
+        ctx.mark_non_differentiable(*values[1:])
+        return values
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_described: Tensor):
-        hidden, weight, bias, ids, lse = ctx.saved_tensors
-        with torch.autocast(hidden.device.type, enabled=ctx.autocast[0], dtype=ctx.autocast[1]):  # as forward was
-            delta = _at_least_float32(F.linear(hidden, weight, bias))
-        delta.sub_(lse[:, None]).exp_()
-        delta.mul_(-grad[:, None])
-        delta.scatter_add_(-1, ids[:, None], grad[:, None].to(delta.dtype))
-        delta = delta.to(hidden.dtype)
-        needs = ctx.needs_input_grad
-        d_hidden = delta @ weight if needs[0] else None
-        d_weight = delta.T @ hidden if needs[1] else None
-        d_bias = delta.sum(0) if bias is not None and needs[2] else None
-        return d_hidden, d_weight, d_bias, None, None
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError("no second derivative through the LM head; compute what needs it in a joint")
+        hidden, weight, bias, ids, sums, last = ctx.saved_tensors
+        needs, d_hidden = ctx.needs_input_grad, []
+        d_weight = torch.empty_like(weight) if needs[1] else None
+        d_bias = torch.zeros_like(bias) if bias is not None and needs[2] else None
+        chunks = list(zip(*(x.split(ctx.step) for x in (hidden, ids, sums, grad[:, None])), strict=True))
+        for n, (h, i, z, g) in enumerate(chunks):
+            p = last
+            if n < len(chunks) - 1:
+                with torch.autocast(h.device.type, enabled=ctx.autocast[0], dtype=ctx.autocast[1]):  # as forward was
+                    p = F.linear(h, weight, bias)
+                p = _at_least_float32(p).sub_(z).exp_()
+            p = p.to(weight.dtype)
+            if needs[0]:
+                d_hidden.append((g * (weight[i] - p @ weight)).to(h.dtype))
+            if d_weight is not None:
+                gh = (g * h).to(weight.dtype)
+                d_weight.addmm_(p.T, gh, beta=min(n, 1), alpha=-1).index_add_(0, i, gh)
+            if d_bias is not None:
+                g = g[:, 0].to(p.dtype)
+                d_bias.sub_(p.T @ g).index_add_(0, i, g)
+        return torch.cat(d_hidden) if needs[0] else None, d_weight, d_bias, None, None, None
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

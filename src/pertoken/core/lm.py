@@ -316,9 +316,11 @@ def load(
     elif lora:
         from peft import LoraConfig, get_peft_model
 
-        model = get_peft_model(
-            model, LoraConfig(r=lora, lora_alpha=2 * lora, target_modules="all-linear", task_type="CAUSAL_LM")
-        )
+        with torch.random.fork_rng():  # always the same adapter: a resumed run, and each process, starts from it
+            torch.manual_seed(0)
+            model = get_peft_model(
+                model, LoraConfig(r=lora, lora_alpha=2 * lora, target_modules="all-linear", task_type="CAUSAL_LM")
+            )
     model.to(device).eval()  # eval: dropout off, so that packed equals flat; gradients flow all the same
     return LM(model, tokenizer, name=str(source), note=note, template=template)
 

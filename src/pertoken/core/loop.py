@@ -1,8 +1,8 @@
 """The one training loop. `fit` owns optimizer, schedule, clipping, logging, evaluation, checkpoints and exact resume;
 what a step computes is the caller's (`step.ObjectiveStep` is the step of every objective on a language model).
 
-A step leaves the *sum* of its loss in the gradients and says the count; the loop divides by the global count. So a batch
-cut into any number of packs, over any number of processes, gives the same update.
+A step leaves the *sum* of its loss in the gradients and says the count; the loop divides by the global count. So a
+batch cut into any number of packs, over any number of processes, gives the same update.
 """
 
 from __future__ import annotations
@@ -19,11 +19,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from .checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from .checkpoint import RESULT, checkpoints, load_checkpoint, refuse_old_run, refuse_other_run, save_checkpoint
 from .data import batches
-from .record import read_json, write_json
-
-RESULT = "results.json"
+from .record import write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,11 +96,13 @@ _PRECISIONS = ("no", "bf16")  # fp16 would need its loss scaled
 
 @dataclass
 class StepResult:
-    """What a step over some rows found: sums and their counts, on this process."""
+    """What a step found: sums and their counts, on this process; the data's rows that it computed, and which of them
+    have no finite loss."""
 
     loss: float = 0.0
     count: float = 0.0
     metrics: dict[str, tuple[float, float]] = field(default_factory=dict)
+    rows: tuple[int, ...] = ()
     bad_rows: tuple[int, ...] = ()
 
     def add(self, other: StepResult) -> None:
@@ -112,6 +112,7 @@ class StepResult:
         for name, (total, count) in other.metrics.items():
             a, b = self.metrics.get(name, (0.0, 0.0))
             self.metrics[name] = (a + total, b + count)
+        self.rows += other.rows
         self.bad_rows += other.bad_rows
 
     def means(self) -> dict[str, float]:
@@ -158,7 +159,7 @@ def fit(
         say: called with lines for the user. progress: show a bar.
 
     Returns:
-        One record an update (loss, grad_norm, learning_rate, metrics in TRL's names; ``eval_`` figures where evaluated).
+        One record an update: loss, grad_norm, learning_rate, metrics in TRL's names, ``eval_`` figures where evaluated.
 
     Raises:
         ValueError: `out` holds a run already; a resumed run that differs; a loss that is not finite (the state before
@@ -195,7 +196,7 @@ def fit(
             if not math.isfinite(norm):
                 save_checkpoint(out / "stopped", done, step.modules, optimizer, same, write=main)
                 accelerator.wait_for_everyone()  # a process that fails has the launcher end those that still write
-                named = ", ".join(map(str, sorted(set(result.bad_rows))[:10])) or f"among {sorted(rows)}"
+                named = ", ".join(map(str, sorted(set(result.bad_rows or result.rows))[:16]))
                 what = "gradient norm" if math.isfinite(mean) else "loss"
                 raise ValueError(
                     f"the {what} is {norm if math.isfinite(mean) else mean} at update {done} (rows {named}); "
@@ -274,47 +275,7 @@ def make_optimizer(modules: Mapping[str, nn.Module], config: LoopConfig) -> torc
         raise ValueError("nothing to train: no parameter requires a gradient")
     if config.optimizer == "rmsprop":
         return torch.optim.RMSprop(groups, lr=config.lr, weight_decay=config.weight_decay)
-    return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
-
-
-def refuse_old_run(out: Path, resume: bool) -> None:
-    """An output folder is new, or a run to be resumed.
-
-    Raises:
-        ValueError: it holds a run and `resume` is off, or something that is no run.
-    """
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file; name a folder")
-    if not out.exists() or not any(out.iterdir()):
-        return
-    finished, steps = (out / RESULT).exists(), [s for s, _ in checkpoints(out)]
-    if not resume:
-        what = "a finished run" if finished else f"a run stopped at update {steps[-1]}" if steps else "files"
-        raise ValueError(
-            f"{out} holds {what}; nothing is overwritten: choose another folder, or continue it with --resume"
-        )
-    if not (finished or steps or any((out / name).exists() for name in ("log.jsonl", "stages"))):
-        raise ValueError(f"{out} holds files, but no run to resume; choose another folder")
-
-
-def refuse_other_run(path: Path, same: Mapping[str, Any]) -> None:
-    """What a checkpoint's run was made with must be what it is resumed with.
-
-    Raises:
-        ValueError: it is not; names the options that differ.
-    """
-    was, now = read_json(path / "state.json"), json.loads(json.dumps(dict(same)))
-    odd: list[str] = []
-    for key, value in now.items():
-        old = was.get(key)
-        if isinstance(value, dict) and isinstance(old, dict):
-            odd += [k for k in (value | old) if value.get(k) != old.get(k) or (k in value) != (k in old)]
-        elif value != old:
-            odd.append(key)
-    if odd:
-        raise ValueError(
-            f"{path.parent} was run with other {', '.join(odd)}; resume with the same, or choose a new folder"
-        )
+    return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
 
 def _begin(
@@ -371,7 +332,8 @@ def _tracking(accelerator: Any, config: LoopConfig, same: Mapping[str, Any]):
     try:
         yield lambda record: accelerator.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
     finally:
-        accelerator.end_training()
+        for tracker in accelerator.trackers:  # not end_training: it ends the process group, too
+            tracker.finish()
 
 
 @contextlib.contextmanager
@@ -410,4 +372,4 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-__all__ = ["LoopConfig", "Step", "StepResult", "fit", "make_accelerator", "refuse_old_run", "write_json"]
+__all__ = ["RESULT", "LoopConfig", "Step", "StepResult", "fit", "make_accelerator", "refuse_old_run", "write_json"]

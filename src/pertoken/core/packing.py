@@ -364,7 +364,8 @@ def _keeps_branches_apart(model: Any) -> bool:
     try:
         packs = [_build(rows, [group], False).to(next(model.parameters()).device) for rows in (tree, flat)]
         states = [model.base_model(**p._inputs(model)).last_hidden_state.flatten(0, 1)[p.predict_NT] for p in packs]
-    except Exception:  # it cannot read the mask
+    except Exception as error:  # it cannot read the mask
+        log.info("%s cannot share prompts: %r", type(model).__name__, error)
         return False
     difference = (states[0] - states[1]).abs().max()
     precise = states[0].dtype in (torch.float32, torch.float64)

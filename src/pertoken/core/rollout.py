@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -45,13 +44,15 @@ class Sampling:
     min_new_tokens: int = 0
 
     def __post_init__(self):
-        if not (self.max_new_tokens >= 1 and 0 <= self.temperature < np.inf and 0 < self.top_p <= 1 and self.top_k >= 0):
+        if not (
+            self.max_new_tokens >= 1 and 0 <= self.temperature < np.inf and 0 < self.top_p <= 1 and self.top_k >= 0
+        ):
             raise ValueError(f"{self}: max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1 and top_k >= 0 are needed")
         if not 0 <= self.min_new_tokens <= self.max_new_tokens:
             raise ValueError(f"{self}: min_new_tokens must lie between 0 and max_new_tokens")
 
     def logps(self, logits: Tensor) -> Tensor:
-        """Log-probs (..., V) of the distribution that is drawn from: temperature, then top-k, then top-p; renormalised."""
+        """Log-probs (..., V) of what is drawn from: temperature, then top-k, then top-p; renormalised."""
         if self.temperature == 0:
             best = torch.full_like(logits, -torch.inf)
             return best.scatter(-1, logits.argmax(-1, keepdim=True), 0.0)
@@ -172,7 +173,9 @@ def _sample_batch(
             record = torch.stack([drawn.gather(1, at)[:, 0], policy.gather(1, at)[:, 0]]).double().cpu().numpy()
             if not np.isfinite(record).all():
                 bad = int(running.rows[~np.isfinite(record).all(0)][0])
-                raise ValueError(f"log-probs after prompt {places[bad // n]} are not finite; look at the model's weights")
+                raise ValueError(
+                    f"log-probs after prompt {places[bad // n]} are not finite; look at the model's weights"
+                )
             keep = []
             for k, (row, t) in enumerate(zip(running.rows, token.tolist(), strict=True)):
                 tokens[row].append(t)

@@ -1,13 +1,15 @@
 """One training run from data to saved model: preparation stages, the cached reference, the loop, the record.
 
-`Run` is what `Objective.prepare` is given (`protocols.Preparation`). It knows methods only through `resolve`, a function
-from a slug to an options class, so that core imports no room.
+`Run` is what `Objective.prepare` is given (`protocols.Preparation`). It knows methods only through `resolve`, a
+function from a slug to an options class, so that core imports no room.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
+import hashlib
+import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,15 +20,16 @@ import numpy as np
 import torch
 
 from .cache import ArrayCache, key_of, remember
+from .checkpoint import checkpoints, refuse_other_run, whole
 from .data import Group
 from .lm import LM, load, same_vocabulary
 from .loop import RESULT, LoopConfig, fit, make_accelerator, refuse_old_run
 from .packing import Cost, pack
-from .protocols import Scorer, token_columns
-from .record import data_hash, provenance, write_json
+from .protocols import FunctionScorer, Scorer, token_columns
+from .record import data_hash, provenance, read_json, write_json
 from .stages import Stages, load_ragged, save_ragged
 from .stats import Needs, Stats, token_stats
-from .step import REFERENCE, ObjectiveStep, live_models, with_mismatched
+from .step import REFERENCE, ObjectiveStep, live_models, recomputed_layers, with_mismatched
 from .trace import Trace
 
 Say = Callable[[str], None]
@@ -72,7 +75,10 @@ def add_reference_logps(
     groups: Sequence[Group], reference: LM, cache: ArrayCache | None = None, say: Say | None = None
 ) -> None:
     """Add the column of per-token reference log-probs, from the cache by content, computing what is missing."""
-    shelf = (cache or ArrayCache()).context(reference.identity())
+    identity = reference.identity()
+    if torch.is_autocast_enabled(reference.device.type):
+        identity = identity | {"autocast": str(torch.get_autocast_dtype(reference.device.type))}
+    shelf = (cache or ArrayCache()).context(identity)
     traces = [t for g in groups for t in g.traces]
 
     def compute(missing: list[Trace]) -> list[np.ndarray]:
@@ -110,7 +116,7 @@ class Run:
     tree: str = "auto"
     given: Mapping[str, LM] = field(default_factory=dict)
     cache: ArrayCache | None = None
-    say: Say = lambda line: None  # noqa: E731
+    say: Say = lambda line: None
     progress: bool = True
     stage_folder: Path | None = None
 
@@ -120,8 +126,7 @@ class Run:
         self._reference: LM | None = None
         self.notes: list[str] = []
         self.updates = 0  # of this run and of its helper models
-        for name, lm in self.given.items():
-            del name
+        for lm in self.given.values():
             same_vocabulary(self.policy, lm)
 
     @property
@@ -142,11 +147,15 @@ class Run:
         self.say(line)
 
     def data_key(self) -> str:
-        """Hash of the encoded data."""
-        return key_of([], [], *(key_of(t.prompt_ids, t.completion_ids) for g in self.every for t in g.traces))
+        """Hash of the data, as words (labels and scores included) and encoded."""
+        encoded = (key_of(t.prompt_ids, t.completion_ids) for g in self.every for t in g.traces)
+        return key_of([], [], data_hash(g.example for g in self.every), len(self.groups), *encoded)
+
+    def _given(self) -> dict[str, Any]:
+        return {name: lm.identity() for name, lm in self.given.items()}
 
     def scorer(self, slug: str, **options: Any) -> Scorer:
-        """See `protocols.Preparation`: fields called lm, policy or reference are filled with the starting checkpoint."""
+        """See `protocols.Preparation`: fields called lm, policy or reference get the starting checkpoint."""
         kind = self.resolve(slug)
         for f in dataclasses.fields(kind):
             if f.name in ("lm", "policy", "reference") and options.get(f.name) is None:
@@ -177,54 +186,83 @@ class Run:
             "options": describe(objective),
             "data": self.data_key(),
             "start": self.policy.identity(),
+            "given": self._given(),
             "config": asdict(self.config),
         }
         steps = self.config.total_steps(len(self.groups))
 
         def make(folder: Path) -> None:
-            lm = self.policy.clone()
+            lm, own = self.policy.clone(), slice(1) if self.mismatched else slice(None)
             helper = dataclasses.replace(
                 self,
                 slug=slug,
                 objective=objective,
                 policy=lm,
-                groups=[dataclasses.replace(g, columns=dict(g.columns)) for g in self.groups],
+                groups=[dataclasses.replace(g, traces=g.traces[own], columns=dict(g.columns)) for g in self.groups],
                 held_out=[],
+                config=dataclasses.replace(self.config, tracker="none"),
                 out=folder / "run",
                 stage_folder=None,
             )
             helper.go(final=False)
-            lm.save(folder / "model")
+            save_model(lm, folder / "model")
 
         self.updates += steps
         folder = self.stages.run(f"{slug}-model", inputs, make)
-        dtype = str(next(self.policy.model.parameters()).dtype).removeprefix("torch.")
-        return load(folder / "model", dtype=dtype, device=str(self.policy.device), template=self.policy.template)
+        alike = self.policy.identity()
+        return load(
+            folder / "model",
+            dtype=alike["dtype"],
+            device=str(self.policy.device),
+            template=self.policy.template,
+            attention=alike["attention"],
+        )
+
+    @property
+    def mismatched(self) -> bool:
+        """Whether the objective wants the next example's completion beside each."""
+        return bool(getattr(self.objective, "mismatched", False))
 
     def go(self, *, resume: bool = False, final: bool = True) -> dict[str, Any]:
         """Prepare, train, evaluate, save. Returns what ``results.json`` holds.
 
         Raises:
-            ValueError: as `loop.fit`; data of a kind that the objective does not take.
+            ValueError: as `loop.fit`; a model that is needed and was not given.
         """
+        accelerator = make_accelerator(self.config, self.out)
+        main, processes = accelerator.is_main_process, accelerator.num_processes
         refuse_old_run(self.out, resume)
+        accelerator.wait_for_everyone()  # nobody writes before all have looked
+        for lm in (self.policy, *self.given.values()) if processes > 1 else ():
+            lm.model.to(accelerator.device)
+        started, start = time.perf_counter(), self.policy.identity()
+        if self.mismatched:
+            context = self.policy.context
+            self.groups = with_mismatched(self.groups, context)
+            self.held_out = with_mismatched(self.held_out, context) if len(self.held_out) > 1 else []
+        options, data = describe(self.objective), self.data_key()
+        meta = {"method": self.slug, "options": options, "data": data, "start": start, "given": self._given()}
         if resume and (self.out / RESULT).exists():
+            for _, path in checkpoints(self.out)[-1:]:
+                refuse_other_run(path, {"config": asdict(self.config), **meta})
             self.say(f"{self.out} is finished; nothing to resume")
-            return json.loads((self.out / RESULT).read_text("utf8"))
-        started = time.perf_counter()
-        start = self.policy.identity()
-        if getattr(self.objective, "mismatched", False):
-            self.groups, self.held_out = with_mismatched(self.groups), with_mismatched(self.held_out)
+            return read_json(self.out / RESULT)
         prepare = getattr(self.objective, "prepare", None)
         if prepare is not None:
             prepare(self)
-        live = live_models(self.objective)
-        wants = self.objective.stats
+        live, wants = live_models(self.objective), self.objective.stats
+        missing = [name for name in live if name != "reference" and name not in self.given]
+        if missing:
+            raise ValueError(f"{self.slug} needs a model {missing[0]!r}; pass it in given={{{missing[0]!r}: lm}}")
         if "reference" in wants and "reference" not in live:
             lm = self.given.get("reference") or (self._reference or self.policy.as_reference())
-            add_reference_logps(self.every, lm, self.cache, self.say)
+            with accelerator.autocast():  # as the policy is computed: untrained, both agree to the bit
+                if processes > 1:  # each computes a share, then reads the others' from the cache
+                    add_reference_logps(self.every[accelerator.process_index :: processes], lm, self.cache, self.say)
+                    accelerator.wait_for_everyone()
+                add_reference_logps(self.every, lm, self.cache, self.say)
         others = {name: self.reference if name == "reference" else self.given[name] for name in live}
-        accelerator = make_accelerator(self.config, self.out)
+        torch.manual_seed(self.config.seed)  # the objective's own module begins alike in every run and process
         step = ObjectiveStep(
             self.objective,
             self.policy,
@@ -235,54 +273,90 @@ class Run:
             max_tokens=self.pack_tokens,
             tree=self.tree,
         )
-        meta = {"method": self.slug, "options": describe(self.objective), "data": self.data_key(), "start": start}
-        history = fit(
-            step,
-            self.config,
-            self.out,
-            accelerator=accelerator,
-            resume=resume,
-            meta=meta,
-            say=self.say,
-            progress=self.progress,
-        )
+        again = self.config.gradient_checkpointing
+        with recomputed_layers(self.policy.causal) if again else contextlib.nullcontext():
+            history = fit(
+                step,
+                self.config,
+                self.out,
+                accelerator=accelerator,
+                resume=resume,
+                meta=meta,
+                say=self.say,
+                progress=self.progress,
+            )
         self.policy.changed()
         self.updates += len(history)
         record = {
             "method": self.slug,
-            "options": describe(self.objective),
+            "options": options,
             "config": asdict(self.config),
             "final": {k: v for k, v in (history[-1] if history else {}).items() if np.isfinite(v)},
             "updates": self.updates,
             "seconds": time.perf_counter() - started,
-            "stages": [{k: s.get(k) for k in ("name", "seconds", "reused")} for s in self.stages.records],
+            "stages": [{k: s.get(k) for k in ("stage", "seconds", "reused")} for s in self.stages.records],
             "notes": self.notes,
             "provenance": provenance(
-                models={"start": start},
+                models={"start": start, **self._given()},
                 seed=self.config.seed,
                 methods={self.slug: self.version},
                 data=data_hash(g.example for g in self.groups),
             ),
         }
-        if final and accelerator.is_main_process:
-            self.policy.save(self.out / "model")
-            write_json(self.out / RESULT, record)
+        if final:
+            save_model(self.policy, self.out / "model", write=main)
+            if main:
+                write_json(self.out / RESULT, record)
+        accelerator.wait_for_everyone()
         return record
 
 
+def save_model(lm: LM, folder: Path, write: bool = True) -> None:
+    """`LM.save`, of a sharded model too: all processes call it, those that `write` write."""
+    named = dict(lm.model.named_parameters())  # tied weights once
+    if not any(hasattr(p, "full_tensor") for p in named.values()):
+        if write:
+            lm.save(folder)
+        return
+    tied = {name for name, _ in lm.model.named_parameters(remove_duplicate=False)} - named.keys()
+    weights = {name: whole(t, write) for name, t in lm.model.state_dict().items() if name not in tied}
+    if write:
+        lm.model.save_pretrained(folder, state_dict=weights)
+        lm.tokenizer.save_pretrained(folder)
+
+
 def describe(thing: Any) -> Any:
-    """A method's options as JSON: dataclasses by field, models by identity, functions by name."""
+    """A method's options as JSON: dataclasses by field, models by identity, functions by their code and the constants
+    that they hold on to (two lambdas are not one scorer)."""
     if isinstance(thing, LM):
         return thing.identity()
     if dataclasses.is_dataclass(thing) and not isinstance(thing, type):
         fields = {f.name: describe(getattr(thing, f.name)) for f in dataclasses.fields(thing)}
         return {"type": type(thing).__name__, **fields}
+    if isinstance(thing, FunctionScorer):
+        return {"type": type(thing).__name__, **{k: describe(v) for k, v in vars(thing).items()}}
     if isinstance(thing, Mapping):
         return {str(k): describe(v) for k, v in thing.items()}
+    if isinstance(thing, (set, frozenset)):
+        return sorted(map(describe, thing), key=str)
     if isinstance(thing, (list, tuple)):
         return [describe(v) for v in thing]
     if thing is None or isinstance(thing, (int, float, str, bool)):
         return thing
-    code = getattr(thing, "__code__", None)  # two lambdas of one name are not one scorer
-    digest = key_of(list(code.co_code), [], repr(code.co_consts)) if code else ""
-    return (getattr(thing, "__qualname__", None) or type(thing).__name__) + (f"-{digest[:12]}" if digest else "")
+    if isinstance(thing, Path):
+        return str(thing)
+    if hasattr(thing, "tolist"):
+        return describe(thing.tolist())
+    if inspect.ismethod(thing):
+        return [describe(thing.__func__), describe(thing.__self__)]
+    if inspect.isfunction(thing):
+        cells = [c.cell_contents for c in thing.__closure__ or () if c.cell_contents is not thing]
+        held = [type(v).__name__ if isinstance(v, (list, dict, set)) else describe(v) for v in cells]  # counters, memos
+        return [thing.__qualname__, _code(thing.__code__), describe(thing.__defaults__), held]
+    return getattr(thing, "__qualname__", None) or type(thing).__qualname__
+
+
+def _code(code: Any) -> str:
+    """Hash of what a function does, wherever it is written."""
+    constants = [_code(c) if inspect.iscode(c) else repr(c) for c in code.co_consts]
+    return hashlib.blake2b(repr((code.co_code, constants, code.co_names)).encode(), digest_size=8).hexdigest()

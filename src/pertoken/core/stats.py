@@ -203,12 +203,19 @@ class _Part:
 
 
 def _forward(causal: Any, pack: Pack, predict_M: Tensor, wants: frozenset[str]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Hidden states at the predicting positions, and what else the layers said there, gathered while they run."""
+    """Hidden states at the predicting positions, and what else the layers said there."""
     taken: dict[str, Tensor] = {}
+    inputs = pack.inputs(causal)  # before there are hooks: it may try the model
+    # Gathered while the layers run, to hold little; with autograd on afterwards, because a layer that is checkpointed
+    # runs again in backward, and then without the gathering (and its output is kept for backward anyway).
+    early = not torch.is_grad_enabled()
 
-    def gather(output: Any) -> Tensor:
+    def gather(output: Tensor) -> Tensor:
+        return output.flatten(0, 1)[predict_M]
+
+    def take(output: Any) -> Tensor:
         tensor = output[0] if isinstance(output, tuple) else output
-        return tensor.flatten(0, 1)[predict_M]
+        return gather(tensor) if early else tensor
 
     modules = {w.removeprefix("module:"): w for w in wants if w.startswith("module:")}
     with contextlib.ExitStack() as stack:
@@ -219,7 +226,7 @@ def _forward(causal: Any, pack: Pack, predict_M: Tensor, wants: frozenset[str]) 
                 raise ValueError(f"the model has no module {path!r}; print(model) lists their names") from error
 
             def keep(_m: nn.Module, _i: Any, output: Any, key: str = key) -> None:
-                taken[key.removeprefix("module:")] = gather(output)
+                taken[key.removeprefix("module:")] = take(output)
 
             stack.callback(module.register_forward_hook(keep).remove)
         layers: list[Tensor] = []
@@ -227,10 +234,12 @@ def _forward(causal: Any, pack: Pack, predict_M: Tensor, wants: frozenset[str]) 
             for layer in _layers(causal):
 
                 def before(_m: nn.Module, args: Any, kwargs: Any) -> None:
-                    layers.append(gather(args[0] if args else kwargs["hidden_states"]))
+                    layers.append(take(args[0] if args else kwargs["hidden_states"]))
 
                 stack.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
-        last = causal.base_model(**pack.inputs(causal)).last_hidden_state.flatten(0, 1)[predict_M]
+        last = gather(causal.base_model(**inputs).last_hidden_state)
+    if not early:
+        taken, layers = {path: gather(output) for path, output in taken.items()}, [gather(x) for x in layers]
     idle = [key for path, key in modules.items() if path not in taken]
     if idle:
         raise ValueError(f"{', '.join(idle)} did not run in the backbone; ask for a module inside of it")
@@ -258,11 +267,8 @@ def _chunks(
             continue
         step = chunk_tokens or _default_chunk(parts[name].head)
         wants = tuple(sorted(needs.stats[name] & set(DESCRIPTIVE)))
-        rows = []
-        for h, ids in zip(hidden[name].split(step), ids_M.split(step), strict=True):
-            with _gradients(parts[name].learns):
-                rows.append(log_probs(h, ids, parts[name].head, wants, parts[name].ready))
-        out[name] = {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
+        with _gradients(parts[name].learns):
+            out[name] = log_probs(hidden[name], ids_M, parts[name].head, wants, parts[name].ready, step)
     if not together:
         return out
     sizes = {n: parts[n].head.vocabulary for n in together}

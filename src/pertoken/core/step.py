@@ -7,14 +7,17 @@ else from a second forward. An objective that looks at a whole batch at once (`b
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from .data import Group
 from .lm import LM
@@ -22,7 +25,6 @@ from .loop import StepResult
 from .packing import Cost, Pack, pack
 from .protocols import Batch, Loss
 from .stats import Needs, Stats, TokenStats
-from .trace import Trace
 
 REFERENCE = "reference_logps"
 
@@ -46,11 +48,28 @@ def live_models(objective: Any) -> tuple[str, ...]:
     )
 
 
-def with_mismatched(groups: Sequence[Group]) -> list[Group]:
-    """Beside each completion, the next example's completion after the same prompt: what KTO estimates its KL term on.
-    Both share the prompt, so they are one tree."""
+def with_mismatched(groups: Sequence[Group], context: int | None = None) -> list[Group]:
+    """Beside each completion, that of the next example of another prompt, after the same prompt: what KTO estimates its
+    KL term on. Both share the prompt, so they are one tree.
+
+    Args:
+        groups: one completion each.
+        context: most tokens of prompt and completion; completions that would not fit are passed over.
+
+    Raises:
+        ValueError: an example for which there is none.
+    """
+    n = len(groups)
     out = []
-    for here, after in zip(groups, [*groups[1:], *groups[:1]], strict=True):
+    for i, here in enumerate(groups):
+        room = (context or math.inf) - len(here.prompt_ids)
+        others = (groups[(i + k) % n] for k in range(1, n))
+        after = next((g for g in others if g.prompt_ids != here.prompt_ids and len(g.traces[0]) <= room), None)
+        if after is None:
+            raise ValueError(
+                f"row {here.example.row}: no response to another prompt fits after its prompt; give data of several "
+                "prompts, or a smaller max_length"
+            )
         other = dataclasses.replace(
             after.traces[0],
             prompt_ids=here.prompt_ids,
@@ -60,6 +79,38 @@ def with_mismatched(groups: Sequence[Group]) -> list[Group]:
         )
         out.append(dataclasses.replace(here, traces=(here.traces[0], other), columns={}))
     return out
+
+
+@contextlib.contextmanager
+def recomputed_layers(causal: Any) -> Iterator[None]:
+    """Inside, each layer keeps only its input and is computed again in backward (gradient checkpointing).
+
+    transformers does so in training mode alone, but there dropout is on, and packed would no longer equal flat.
+
+    Raises:
+        ValueError: an architecture whose layers transformers cannot compute again.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [m for m in causal.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(f"no layer of {type(causal).__name__} can be computed again; turn gradient_checkpointing off")
+
+    def again(forward: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return forward(*args, **kwargs)
+            return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+        return run
+
+    for layer in layers:
+        layer.forward = again(layer.forward)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
 
 
 class ObjectiveStep:
@@ -98,14 +149,12 @@ class ObjectiveStep:
         self.mismatched = bool(getattr(objective, "mismatched", False))
         make_state = getattr(objective, "init_state", None)
         self.state: nn.Module | None = make_state(policy.causal.config) if make_state else None
-        module = TokenStats(policy)
+        self.inner = TokenStats(policy)
         self.accelerator = accelerator
-        self.module = accelerator.prepare(module) if accelerator is not None else module
-        if self.state is not None:
-            self.state = accelerator.prepare(self.state) if accelerator is not None else self.state
+        self.module = self.inner if accelerator is None else _prepared(self.inner, policy.causal, accelerator)
         self.modules: dict[str, nn.Module] = {"policy": policy.model}
-        if self.state is not None:
-            self.modules["state"] = accelerator.unwrap_model(self.state) if accelerator is not None else self.state
+        if self.state is not None:  # never wrapped: an objective may use any of its attributes
+            self.modules["state"] = self.state.to(policy.device)
         self.size = len(groups)
 
     def run(self, rows: list[int], *, train: bool) -> StepResult:
@@ -121,23 +170,63 @@ class ObjectiveStep:
 
     def _run(self, groups: Sequence[Group], train: bool, weight: float) -> StepResult:
         packs = pack([g.traces for g in groups], cost=self.cost, tree=self.tree, max_tokens=self.max_tokens)
-        parts = [packs] if self.coupled else [[p] for p in packs]
+        idle = self._idle(len(packs))
+        parts = [packs] if self.coupled else [[p] for p in [*packs, *packs[:1] * idle]]
         result = StepResult()
         for i, together in enumerate(parts):
-            last = i == len(parts) - 1
+            last, share = i == len(parts) - 1, weight if i < len(packs) else 0.0
             with torch.set_grad_enabled(train), self._sync(last or not train):
-                stats, order = self._statistics(together, groups)
+                stats, order = self._statistics(self.module, together, groups)
                 batch = self._batch(stats["policy"], order, groups)
                 loss: Loss = self.objective.loss(stats, batch, self.state)
+                total = loss.sum * share
+                for _ in range(idle if self.coupled else 0):
+                    more = self.module(packs[0], self.live_needs, self.others, self.chunk_tokens)
+                    total = total + 0.0 * more["policy"].logp_NT.sum()
                 if train:
-                    (self.accelerator.backward if self.accelerator is not None else torch.Tensor.backward)(
-                        loss.sum * weight
-                    )
-            result.add(_result(loss, stats["policy"], batch, weight))
+                    (self.accelerator.backward if self.accelerator is not None else torch.Tensor.backward)(total)
+            part = _result(loss, batch, share)
+            if train and not np.isfinite(part.loss):
+                part.bad_rows = self._bad_rows([groups[g] for g in sorted({g for g, _ in order})])
+            result.add(part)
+        if train:
+            self._share_state_gradients()
         return result
 
-    def _statistics(self, packs: list[Pack], groups: Sequence[Group]) -> tuple[dict[str, Stats], list[tuple[int, int]]]:
-        parts = [self.module(p, self.live_needs, self.others, self.chunk_tokens) for p in packs]
+    def _idle(self, packs: int) -> int:
+        """Forwards without weight to add: where parameters are sharded, all processes must compute equally many."""
+        if not _is_sharded(self.accelerator):
+            return 0
+        from accelerate.utils import gather_object
+
+        return max(gather_object([packs])) - packs
+
+    def _share_state_gradients(self) -> None:
+        """Average the gradients of the objective's own module over processes, as the wrapper does the policy's."""
+        if self.state is None or self.accelerator is None or self.accelerator.num_processes == 1:
+            return
+        for p in self.state.parameters():
+            if p.requires_grad:
+                p.grad = self.accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "mean")
+
+    @torch.no_grad()
+    def _bad_rows(self, groups: Sequence[Group]) -> tuple[int, ...]:
+        """Rows whose loss is not finite alone: in a pack, one that is not finite spoils those beside it."""
+        rows = tuple(g.example.row for g in groups)
+        if _is_sharded(self.accelerator):
+            return rows
+        bad, state = [], copy.deepcopy(self.state)
+        for group in groups:
+            stats, order = self._statistics(self.inner, pack([group.traces], cost=self.cost), [group])
+            loss = self.objective.loss(stats, self._batch(stats["policy"], order, [group]), state)
+            if not np.isfinite(float(loss.sum)):
+                bad.append(group.example.row)
+        return tuple(bad) or rows
+
+    def _statistics(
+        self, module: nn.Module, packs: list[Pack], groups: Sequence[Group]
+    ) -> tuple[dict[str, Stats], list[tuple[int, int]]]:
+        parts = [module(p, self.live_needs, self.others, self.chunk_tokens) for p in packs]
         order = [o for p in packs for o in p.order]
         stats = {name: _join([part[name] for part in parts]) for name in parts[0]}
         if "reference" in self.needs.stats and "reference" not in stats:
@@ -176,6 +265,21 @@ class ObjectiveStep:
         return self.accelerator.no_sync(self.module)
 
 
+def _prepared(module: nn.Module, causal: Any, accelerator: Any) -> nn.Module:
+    """The module as accelerate trains it: data parallel, sharded, in mixed precision."""
+    if not _is_sharded(accelerator):  # a single process trains where the model lies
+        return accelerator.prepare_model(module, device_placement=accelerator.num_processes > 1)
+    for name in ("_no_split_modules", "tie_weights"):  # what accelerate asks a transformers model for
+        setattr(module, name, getattr(causal, name))
+    trained = [p for p in module.parameters() if p.requires_grad]
+    # accelerate shards no model without an optimizer; the loop makes its own, of the sharded parameters
+    return accelerator.prepare(module, torch.optim.SGD(trained, lr=0.0))[0]
+
+
+def _is_sharded(accelerator: Any) -> bool:
+    return accelerator is not None and accelerator.is_fsdp2
+
+
 def _reference_column(groups: Sequence[Group], g: int, k: int) -> np.ndarray:
     if REFERENCE not in groups[g].columns:
         raise ValueError(f"the groups have no column {REFERENCE!r}; add it with run.add_reference_logps")
@@ -211,14 +315,9 @@ def _join(parts: list[Stats]) -> Stats:
     )
 
 
-def _result(loss: Loss, policy: Stats, batch: Batch, weight: float) -> StepResult:
+def _result(loss: Loss, batch: Batch, weight: float) -> StepResult:
     def number(x: Tensor | float) -> float:
         return float(x.detach()) if isinstance(x, Tensor) else float(x)
 
-    total = number(loss.sum)
-    bad: tuple[int, ...] = ()
-    if not np.isfinite(total):
-        odd = ~torch.isfinite(policy.logp_NT.detach()).all(1)
-        bad = tuple(row for row, flag in zip(batch.rows, odd.tolist(), strict=True) if flag) or batch.rows
     metrics = {k: (weight * number(a), weight * number(b)) for k, (a, b) in loss.metrics.items()}
-    return StepResult(weight * total if np.isfinite(total) else total, weight * number(loss.count), metrics, bad)
+    return StepResult(weight * number(loss.sum), weight * number(loss.count), metrics, batch.rows if weight else ())

@@ -35,7 +35,7 @@ def log_sigmoid_loss(margin_B: Tensor, label_smoothing: float = 0.0) -> Tensor:
 
 def pair_metrics(
     rewards_N: Tensor, stats: Mapping[str, Stats], batch: Batch
-) -> dict[str, tuple[Tensor | float, float]]:
+) -> dict[str, tuple[Tensor | float, Tensor | float]]:
     """Sums and counts over pairs, under TRL's names, so that dashboards carry over."""
     with torch.no_grad():
         chosen, rejected = rewards_N[batch.chosen], rewards_N[batch.rejected]
