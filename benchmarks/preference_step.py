@@ -3,16 +3,17 @@
 Both train a copy of the same weights on the same pairs in the same order, from the same token ids and the same reference
 log-probs (computed once, before), with AdamW (fused, no weight decay), clipping at norm 1 and a constant learning rate.
 TRL's own loop runs (`trainer.train()`), with no other change than that it is handed ids instead of text; between two of
-its steps a callback runs one of ours, so that both meet the same state of the machine. A pilot tries TRL's settings on one
-batch each (whole batch or pair by pair with accumulation, gradient checkpointing on or off), and the fastest races.
+its steps a callback runs one of ours, so that both meet the machine in the same state. A pilot tries TRL's settings (the
+whole batch at once, or pair by pair with accumulation; layers kept or computed again in backward) on the two batches of
+middle size, and the fastest one races. TRL 1.16 has switched its padding-free option off.
 
-Memory: the most that was allocated at any moment of a step, as torch's allocator counts it (profiler), less weights,
-gradients and optimizer state; measured in a step of its own that is not timed, which also gives the time by component.
+Memory: the most that torch's allocator held at any moment of a step, less weights, gradients and optimizer state,
+measured on the largest batch, in a step that is not timed. The same step says where the time goes (profiler).
 
     python benchmarks/preference_step.py               12 timed steps of 4 pairs (HH when PERTOKEN_DATA is set)
     python benchmarks/preference_step.py --quick       3 steps, no pilot: does it run?
-    python benchmarks/preference_step.py --curve       prompt : response lengths 256:64, 64:64, 32:128
-    python benchmarks/preference_step.py --device cuda --dtype bfloat16     (written for it; measured on CPU alone so far)
+    python benchmarks/preference_step.py --curve       also generated pairs of prompt : response 256:64, 64:64, 32:128
+    python benchmarks/preference_step.py --device cuda --dtype bfloat16     (written for it, but only ever run on CPU)
 """
 
 from __future__ import annotations
@@ -26,34 +27,36 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import tyro
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
+from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from pertoken.core.cache import ArrayCache
 from pertoken.core.data import Group, encode, load_examples
 from pertoken.core.examples import Example
 from pertoken.core.lm import LM, load
 from pertoken.core.loop import LoopConfig, apply_gradients, make_accelerator, make_optimizer
 from pertoken.core.packing import pack
 from pertoken.core.run import add_reference_logps
-from pertoken.core.step import REFERENCE, ObjectiveStep
+from pertoken.core.step import REFERENCE, ObjectiveStep, recomputed_layers
 from pertoken.results import save_result
 from pertoken.train.dpo import DPO
 
-BETA, RATE, CLIP = 0.1, 1e-6, 1.0
-# What HH pairs look like to SmolLM2's tokenizer: deciles 0, 10 ... 100 of tokens in prompt, chosen and rejected.
+BETA, CLIP, WARM = 0.1, 1.0, 1
+CONFIG = LoopConfig(lr=1e-6)
+LONGEST = 640  # tokens of a sequence; longer pairs (3 % of HH) are left out, so that TRL's whole batch fits into memory
+# Deciles 0, 10 ... 100 of the tokens of HH's prompts, chosen and rejected responses under SmolLM2's template.
 HH = (
-    (36, 41, 46, 54, 95, 125, 155, 190, 230, 300, 700),
-    (4, 11, 16, 21, 28, 36, 45, 58, 77, 115, 400),
-    (3, 9, 14, 19, 26, 34, 42, 53, 70, 108, 400),
+    (31, 40, 45, 69, 96, 126, 153, 186, 234, 313, 500),
+    (2, 10, 15, 21, 27, 34, 44, 57, 75, 108, 140),
+    (2, 10, 15, 21, 27, 34, 44, 56, 71, 103, 140),
 )
+CURVE = ((256, 64), (64, 64), (32, 128))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,23 +64,42 @@ class Options:
     """What is measured."""
 
     steps: int = 12
-    """Timed steps (two more before them warm up)."""
+    """Timed steps (one before them warms up, one after them is profiled)."""
     batch: int = 4
     """Pairs a step."""
     pairs: int = 0
-    """Pairs to draw; they are gone through again when the steps need more (0: as many as the steps need)."""
+    """Pairs to draw; gone through again when the steps need more (0: as many as the steps need)."""
     threads: int = 2
     device: str = "cpu"
     dtype: str = "float32"
     seed: int = 0
     curve: bool = False
-    """Generated pairs of three prompt : response lengths as well."""
-    pilot: bool = True
-    """Look for TRL's fastest setting first; else it runs the whole batch at once without gradient checkpointing."""
+    """Also generated pairs of three prompt : response lengths."""
     quick: bool = False
-    """Three steps and no pilot."""
+    """Three steps; TRL pair by pair, without a pilot."""
     json: bool = False
     """Write results/preference-step.json."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How TRL runs: pairs a forward, and whether layers are computed again in backward."""
+
+    micro: int
+    recompute: bool
+
+    def __str__(self) -> str:
+        return f"{self.micro} pair{'s' * (self.micro > 1)} a forward, layers {'recomputed' if self.recompute else 'kept'}"
+
+
+@dataclass
+class Step:
+    """One optimiser step of either side; CPU seconds count all threads."""
+
+    seconds: float
+    cpu: float
+    loss: float
+    norm: float = float("nan")
 
 
 class Pretokenized(DPOTrainer):
@@ -97,35 +119,37 @@ class Pretokenized(DPOTrainer):
         return loss
 
 
-@dataclass
-class Step:
-    """One optimiser step of either side."""
+class Between(TrainerCallback):
+    """Times TRL's steps, each `around` something, and calls `after` between them."""
 
-    seconds: float
-    loss: float
-    norm: float
+    def __init__(self, trainer: Pretokenized, after: Callable[[int], None], around: Callable[[int], Any]):
+        self.trainer, self.after, self.around, self.steps = trainer, after, around, list[Step]()
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.losses = []
+        self.inside = self.around(len(self.steps))
+        self.inside.__enter__()
+        self.begin = now()
 
-class Ours:
-    """pertoken's step and update, as `loop.fit` runs them."""
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        seconds, cpu = (b - a for a, b in zip(self.begin, now()))
+        self.inside.__exit__(None, None, None)
+        self.steps.append(Step(seconds, cpu, statistics.fmean(self.trainer.losses)))
 
-    def __init__(self, groups: Sequence[Group], options: Options):
-        self.lm = load("smollm2", dtype=options.dtype, device=options.device)
-        config = LoopConfig(lr=RATE)
-        self.accelerator = make_accelerator(config, Path(tempfile.gettempdir()))
-        self.step = ObjectiveStep(DPO(beta=BETA), self.lm, groups, accelerator=self.accelerator)
-        self.optimizer = make_optimizer(self.step.modules, config)
-
-    def __call__(self, rows: Sequence[int]) -> Step:
-        begin = _now()
-        self.optimizer.zero_grad(set_to_none=True)
-        result = self.step.run(list(rows), train=True)
-        norm = apply_gradients(self.optimizer, self.accelerator, result.count, RATE, CLIP)
-        return Step(_now() - begin, result.means()["loss"], norm)
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+        if "grad_norm" in logs:  # after on_step_end, outside of the time
+            self.steps[-1].norm = float(logs["grad_norm"])
+            self.after(len(self.steps) - 1)
 
 
-def trl_trainer(groups: Sequence[Group], options: Options, steps: int, micro: int, checkpointing: bool) -> Pretokenized:
-    """TRL's trainer over the groups in their order, `micro` pairs a forward."""
+def run_trl(
+    groups: Sequence[Group],
+    options: Options,
+    setting: Setting,
+    after: Callable[[int], None] = lambda n: None,
+    around: Callable[[int], Any] = lambda n: contextlib.nullcontext(),
+) -> list[Step]:
+    """One pass of TRL over the groups in their order."""
     rows = [
         {
             "prompt_ids": list(g.prompt_ids),
@@ -136,59 +160,93 @@ def trl_trainer(groups: Sequence[Group], options: Options, steps: int, micro: in
         }
         for g in groups
     ]
-    lm = load("smollm2", dtype=options.dtype, device=options.device, attention="sdpa")
-    config = DPOConfig(
-        output_dir=tempfile.mkdtemp(prefix="trl-"),
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=options.batch // micro,
-        gradient_checkpointing=checkpointing,
-        max_steps=steps,
-        learning_rate=RATE,
-        lr_scheduler_type="constant",
-        max_grad_norm=CLIP,
-        beta=BETA,
-        max_length=None,
-        precompute_ref_log_probs=True,
-        train_sampling_strategy="sequential",
-        use_cpu=options.device == "cpu",
-        bf16=False,
-        logging_steps=1,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        seed=options.seed,
-    )
-    trainer = Pretokenized(model=lm.model, args=config, train_dataset=Dataset.from_list(rows), processing_class=lm.tokenizer)
-    trainer.losses = []
-    return trainer
+    with tempfile.TemporaryDirectory() as folder:
+        config = DPOConfig(
+            output_dir=folder,
+            per_device_train_batch_size=setting.micro,
+            gradient_accumulation_steps=options.batch // setting.micro,
+            gradient_checkpointing=setting.recompute,
+            num_train_epochs=1,
+            learning_rate=CONFIG.lr,
+            lr_scheduler_type="constant",
+            max_grad_norm=CLIP,
+            beta=BETA,
+            max_length=None,
+            precompute_ref_log_probs=True,
+            train_sampling_strategy="sequential",
+            use_cpu=options.device == "cpu",
+            bf16=False,  # the weights are in options.dtype already
+            logging_steps=1,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
+        lm = load("smollm2", dtype=options.dtype, device=options.device, attention="sdpa")
+        data = Dataset.from_list(rows)
+        trainer = Pretokenized(model=lm.model, args=config, train_dataset=data, processing_class=lm.tokenizer)
+        callback = Between(trainer, after, around)
+        trainer.add_callback(callback)
+        trainer.pop_callback(PrinterCallback)
+        trainer.train()
+    return callback.steps
 
 
-class Between(TrainerCallback):
-    """Times TRL's steps and calls `after(step)` between them."""
+class Ours:
+    """pertoken's step and update, as `loop.fit` runs them."""
 
-    def __init__(self, trainer: Pretokenized, after: Callable[[int], None], around: Any = contextlib.nullcontext):
-        self.trainer, self.after, self.around, self.steps = trainer, after, around, []
-        trainer.add_callback(self)
+    def __init__(self, groups: Sequence[Group], options: Options):
+        lm = load("smollm2", dtype=options.dtype, device=options.device)
+        self.accelerator = make_accelerator(CONFIG, tempfile.gettempdir())
+        self.step = ObjectiveStep(DPO(beta=BETA), lm, groups, accelerator=self.accelerator)
+        self.optimizer = make_optimizer(self.step.modules, CONFIG)
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.losses.clear()
-        self.inside = self.around(len(self.steps))
-        self.inside.__enter__()
-        self.begin = _now()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        seconds = _now() - self.begin
-        self.inside.__exit__(None, None, None)
-        self.steps.append(Step(seconds, statistics.fmean(self.trainer.losses), float("nan")))
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-        if "grad_norm" in logs:  # comes after on_step_end, outside of the time
-            self.steps[-1].norm = logs["grad_norm"]
-            self.after(len(self.steps) - 1)
+    def __call__(self, rows: Sequence[int]) -> Step:
+        begin = now()
+        self.optimizer.zero_grad(set_to_none=True)
+        result = self.step.run(list(rows), train=True)
+        norm = apply_gradients(self.optimizer, self.accelerator, result.count, CONFIG.lr, CLIP)
+        return Step(*(b - a for a, b in zip(begin, now())), result.means()["loss"], norm)
 
 
-def _now() -> float:
+def now() -> tuple[float, float]:
+    """Wall clock, and CPU time of all threads."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter()
+    return time.perf_counter(), time.process_time()
+
+
+class Profiled:
+    """What one step holds and where its time goes."""
+
+    PARTS = ("layers: matrix products", "layers: attention", "layers: the rest", "LM head", "clipping and optimizer")
+
+    def __init__(self, parameters: int, device: str):
+        self.parameters, self.device = parameters, device
+        self.peak, self.parts = 0, dict.fromkeys(self.PARTS, 0.0)
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        if self.device != "cpu":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            yield
+            self.peak = torch.cuda.max_memory_allocated() - before - self.parameters
+            return
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, record_shapes=True) as profiled:
+            yield
+        events = profiled.profiler.kineto_results.events()
+        held = np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()) if e.name() == "[memory]"])
+        self.peak = int(held.max()) - self.parameters  # gradients are made, and freed at the end, in the step
+        for event in profiled.events():
+            self.parts[self._part(event)] += event.self_cpu_time_total / 1e6
+
+    def _part(self, event: Any) -> str:
+        sizes = [size for shape in event.input_shapes or [] if isinstance(shape, list) for size in shape]
+        if any(word in event.name for word in ("Optimizer", "adam", "norm", "foreach")):
+            return "clipping and optimizer"
+        if any(isinstance(size, int) and size >= 16384 for size in sizes):
+            return "LM head"
+        if "attention" in event.name:
+            return "layers: attention"
+        return "layers: matrix products" if event.name.endswith(("::mm", "::addmm", "::bmm")) else "layers: the rest"

@@ -169,10 +169,9 @@ def _grammar() -> dict[str, Any]:
     world = grammar_pairs("lexicon64", n_train=480, n_held_out=200)
     scorer = ContrastivePrompt(policies=class_conditional("lexicon64"))
     evaluation = Evaluation(held_out=world.held_out, quality=credit_quality, truths=world.truths())
-    # The operating point of examples/tdpo.py, chosen there by plain DPO on development pairs.
-    config = LoopConfig(
-        lr=2e-4, optimizer="rmsprop", batch_size=16, steps=60, schedule="constant", warmup=0.0, max_grad_norm=10.0
-    )
+    # The paper's schedule (cosine, warm-up 10 %). The rate is the best of 2e-4, 5e-4, 1e-3 for plain DPO on development
+    # pairs of training prompts; T-REG was not looked at for it.
+    config = LoopConfig(lr=5e-4, batch_size=16, steps=60)
     return {
         "name": "grammar world, preset lexicon64",
         "policy": world.policy,

@@ -231,6 +231,9 @@ def test_completions_of_no_and_of_one_token():
     stats = token_stats({"policy": lm}, empty, needs)["policy"]
     assert stats.logp_NT.shape == (1, 0) and stats.sums().tolist() == [0] and stats.hidden_NTH.shape == (1, 0, 16)
     assert empty.order == ((0, 0),) and pack([]) == []
+    lm.model.zero_grad()
+    stats.sums().sum().backward()  # a batch that happens to hold nothing: zeros, not what was in memory
+    assert not any(g.any() for g in gradients(lm))
 
 
 # ---- the layout

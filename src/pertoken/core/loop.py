@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -256,6 +257,9 @@ def make_accelerator(config: LoopConfig, out: Path) -> Any:
         # processes may compute different numbers of packs, so no forward may wait for the others; buffers are constants
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > accelerator.num_processes:
+        raise ValueError(f"{launched} processes that do not know each other; without GPUs, set ACCELERATE_USE_CPU=true")
     kind = accelerator.distributed_type.value
     if kind in ("DEEPSPEED", "MEGATRON_LM", "TPU", "XLA") or (kind == "FSDP" and not accelerator.is_fsdp2):
         raise ValueError(f"training under {kind} is not supported; launch with configs/ddp.yaml or configs/fsdp2.yaml")

@@ -175,7 +175,7 @@ class Run:
             save_ragged(folder / "values.npz", token_columns(scorer.score(traces)))
 
         inputs = {"scorer": describe(scorer), "data": self.data_key()}
-        values = iter(load_ragged(self.stages.run(name, inputs, make) / "values.npz"))
+        values = iter(load_ragged(self._stage(name, inputs, make) / "values.npz"))
         return [[next(values) for _ in g.traces] for g in groups]
 
     def train(self, slug: str, **options: Any) -> LM:
@@ -208,7 +208,7 @@ class Run:
             save_model(lm, folder / "model")
 
         self.updates += steps
-        folder = self.stages.run(f"{slug}-model", inputs, make)
+        folder = self._stage(f"{slug}-model", inputs, make, together=True)
         alike = self.policy.identity()
         return load(
             folder / "model",
@@ -217,6 +217,34 @@ class Run:
             template=self.policy.template,
             attention=alike["attention"],
         )
+
+    def _stage(
+        self, name: str, inputs: Mapping[str, Any], make: Callable[[Path], None], together: bool = False
+    ) -> Path:
+        """A stage that the main process makes; the others wait, or, where they train `together`, take part."""
+        from accelerate import PartialState
+        from accelerate.utils import broadcast_object_list
+
+        state = PartialState()
+        if state.num_processes == 1:
+            return self.stages.run(name, inputs, make)
+        started: list[Path] = []
+        made: Path | None = None
+        if state.is_main_process:
+
+            def tell(folder: Path) -> None:
+                started.append(folder)
+                if together:
+                    broadcast_object_list([folder])
+                make(folder)
+
+            made = self.stages.run(name, inputs, tell)
+        if together and not started:
+            folder = broadcast_object_list([None])[0]
+            if folder is not None:
+                make(folder)
+        state.wait_for_everyone()
+        return made or self.stages.run(name, inputs, make)
 
     @property
     def mismatched(self) -> bool:
@@ -304,15 +332,18 @@ class Run:
             ),
         }
         if final:
-            save_model(self.policy, self.out / "model", write=main)
+            save_model(self.policy, self.out / "model")
             if main:
                 write_json(self.out / RESULT, record)
         accelerator.wait_for_everyone()
         return record
 
 
-def save_model(lm: LM, folder: Path, write: bool = True) -> None:
-    """`LM.save`, of a sharded model too: all processes call it, those that `write` write."""
+def save_model(lm: LM, folder: Path) -> None:
+    """`LM.save`, of a sharded model too: all processes call it, the main one writes."""
+    from accelerate import PartialState
+
+    write = PartialState().is_main_process
     named = dict(lm.model.named_parameters())  # tied weights once
     if not any(hasattr(p, "full_tensor") for p in named.values()):
         if write:

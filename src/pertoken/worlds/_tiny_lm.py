@@ -43,13 +43,14 @@ def fit(
     batch: int,
     learning_rate: float,
     seed: int,
+    start: Any = None,
     description: str = "train LM",
     progress: bool = True,
 ) -> Any:
     """A LlamaForCausalLM (float32, eval mode) after one pass of next-token loss over the rows.
 
     rows: token ids with <bos> = 1 first and <eos> = 2 last (0 is <pad>). size: arguments of LlamaConfig. learning_rate:
-    peak of the schedule (5 % warm-up, then cosine to 0) of AdamW. The weights are a function of the arguments on one
+    peak of the schedule (5 % warm-up, then cosine to 0) of AdamW. start: a model to go on from. The weights are a function of the arguments on one
     machine and thread count; no global random state is read or changed.
     """
     import torch
@@ -63,7 +64,8 @@ def fit(
     order = np.random.default_rng((seed, 1)).permutation(steps := len(rows) // batch)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(LlamaConfig(**size, pad_token_id=0, bos_token_id=1, eos_token_id=2)).float()
+        fresh = LlamaForCausalLM(LlamaConfig(**size, pad_token_id=0, bos_token_id=1, eos_token_id=2)).float()
+    model = fresh if start is None else start
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     model.train()
     for step in track(range(steps), description, console=Console(stderr=True), disable=not progress):

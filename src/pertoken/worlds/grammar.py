@@ -39,7 +39,7 @@ from ._grammars import PRESETS
 from ._rules import Table, draw, expand, inside, parse, resolve
 from ._tiny_lm import cached_folder, fit
 
-CODE_VERSION = 1  # of the sampling and training code: part of the cache's key, raise it when the weights would change
+CODE_VERSION = 2  # of the sampling and training code: part of the cache's key, raise it when the weights would change
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")  # ids 0, 1, 2, 3
 POLES = {None: 0, "positive": 1, "negative": -1}
 
@@ -212,19 +212,31 @@ def train_lm(
 ) -> Path:
     """Train the grammar's LM on fresh samples, each seen once, and return its Hugging Face folder (safetensors).
 
+    A polar LM is the plain one trained on for a quarter of the steps, at a quarter of the rate: one model under two
+    conditions, so that the two agree on all that polarity does not touch.
+
     The folder is `grammar-<name>-<hash of grammar, seed, polarity and code version>` under `folder`, else
     $PERTOKEN_CACHE, else ~/.cache/pertoken; if it is there it is returned at once.
     """
 
     def build(path: Path) -> None:
         ids = {word: i for i, word in enumerate(grammar.vocabulary, start=len(SPECIAL))}
-        reviews = grammar.sample(grammar.steps * grammar.batch, np.random.default_rng(seed), polarity)
+        start = None
+        if polarity is not None:
+            from transformers import AutoModelForCausalLM
+
+            start = AutoModelForCausalLM.from_pretrained(
+                train_lm(grammar, seed=seed, folder=folder, progress=progress), dtype="float32"
+            )
+        share = 1 if start is None else 4
+        reviews = grammar.sample(grammar.steps * grammar.batch // share, np.random.default_rng(seed), polarity)
         model = fit(
             [[1, *(ids[word] for word in review.prompt + review.completion), 2] for review in reviews],
             size={"vocab_size": len(SPECIAL) + len(ids), "max_position_embeddings": grammar.context, **grammar.model},
             batch=grammar.batch,
-            learning_rate=grammar.learning_rate,
+            learning_rate=grammar.learning_rate / share,
             seed=seed,
+            start=start,
             description=f"train LM {grammar.name} ({polarity or 'plain'})",
             progress=progress,
         )

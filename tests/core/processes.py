@@ -1,0 +1,169 @@
+"""What `test_distributed` runs in one process and in several: each scenario trains into its folder under `out`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from pertoken import catalog
+from pertoken.core.cache import ArrayCache
+from pertoken.core.checkpoint import whole
+from pertoken.core.loop import make_accelerator
+from pertoken.core.protocols import Batch, Loss
+from pertoken.core.run import Run
+from pertoken.core.stats import Stats
+from pertoken.core.step import ObjectiveStep
+from pertoken.train.dpo import DPO
+from pertoken.train.sft import SFT
+from tests.core.test_step import Probe
+from tests.core.training import Stop, config, make_groups, timeless, train
+from tests.methods.one_pass import exact_lm
+
+# 9 examples in batches of 4: the last batch has one row, so the second of two processes has none.
+SETTINGS = config(batch_size=4, save_every=2, eval_every=3)
+
+
+class Coupled(DPO):
+    """DPO that wants all packs of a batch at once."""
+
+    batch_coupled: ClassVar[bool] = True
+
+
+class Noisy(SFT):
+    """Imitation times a number that each process draws for itself."""
+
+    def loss(self, stats: Mapping[str, Stats], batch: Batch, state: nn.Module | None = None) -> Loss:
+        loss = super().loss(stats, batch, state)
+        return Loss(loss.sum * torch.rand(()), loss.count)
+
+
+def step(accelerator: Any, objective: Any, after: int | None = None, **options: Any) -> Stop:
+    """A step over 9 examples, one pack a group, so that processes have different numbers of packs."""
+    lm = exact_lm()
+    kind = "pair" if objective.data == "pairs" else "sft"
+    groups = make_groups(lm, 11, kind, reference=exact_lm(1), longest=5, prompt=5)
+    settings = {"held_out": groups[9:], "max_tokens": 1, "accelerator": accelerator, **options}
+    made = Stop(objective, lm, groups[:9], **settings)
+    made.after = after
+    return made
+
+
+def keep(folder: Path, made: ObjectiveStep, history: list[dict[str, float]]) -> None:
+    """History and weights, by the main process."""
+    main = made.accelerator.is_main_process
+    named = {f"{m}.{n}": p for m, module in made.modules.items() for n, p in module.named_parameters()}
+    weights = {name: whole(p, main) for name, p in named.items()}
+    if main:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "history.json").write_text(json.dumps(timeless(history)))
+        save_file(weights, folder / "weights.safetensors")
+
+
+def scenario_plain(out: Path, name: str, objective: Any, **options: Any) -> None:
+    accelerator = make_accelerator(SETTINGS, out / name)
+    made = step(accelerator, objective, **options)
+    keep(out / f"{name}-kept", made, train(made, out / name, SETTINGS, accelerator=accelerator))
+
+
+def scenario_interrupted(out: Path, name: str, objective: Any, **options: Any) -> None:
+    """Stopped before the fourth update, continued in new objects."""
+    accelerator = make_accelerator(SETTINGS, out / name)
+    try:
+        train(step(accelerator, objective, after=3, **options), out / name, SETTINGS, accelerator=accelerator)
+    except KeyboardInterrupt:
+        pass
+    else:
+        raise AssertionError("not interrupted")
+    accelerator.wait_for_everyone()
+    torch.manual_seed(1)
+    made = step(accelerator, objective, **options)
+    history = train(made, out / name, SETTINGS, accelerator=accelerator, resume=True)
+    keep(out / f"{name}-kept", made, history)
+
+
+def scenario_tracked(out: Path) -> None:
+    """A tracker, and processes that still work together after it."""
+    settings = dataclasses.replace(SETTINGS, tracker="tensorboard", steps=2)
+    accelerator = make_accelerator(settings, out / "tracked")
+    made = step(accelerator, DPO(beta=0.5))
+    history = train(made, out / "tracked", settings, accelerator=accelerator)
+    accelerator.wait_for_everyone()
+    keep(out / "tracked-kept", made, history)
+
+
+def scenario_stopped(out: Path) -> None:
+    """Every process is told of a loss that is not finite on one of them."""
+    accelerator = make_accelerator(SETTINGS, out / "stopped")
+    made = step(accelerator, DPO(beta=0.5))
+    made.groups[5].columns["reference_logps"][1][:] = -torch.inf
+    try:
+        train(made, out / "stopped", SETTINGS, accelerator=accelerator)
+    except ValueError as error:
+        (out / f"stopped-{accelerator.process_index}.txt").write_text(str(error))
+    accelerator.wait_for_everyone()
+
+
+def scenario_run(out: Path) -> None:
+    """A whole run: cached reference, helper model, saved model."""
+
+    class WithHelper(DPO):
+        def prepare(self, run: Any) -> None:
+            run.train("sft")
+
+    lm = exact_lm()
+    groups = make_groups(lm, 11, longest=5, prompt=5)
+    run = Run(
+        slug="dpo",
+        objective=WithHelper(beta=0.5),
+        policy=lm,
+        groups=groups[:9],
+        held_out=groups[9:],
+        config=dataclasses.replace(SETTINGS, epochs=1),
+        out=out / "run",
+        resolve=catalog.method,
+        given={"reference": exact_lm(1)},
+        cache=ArrayCache(out / "cache"),
+        progress=False,
+    )
+    run.go()
+
+
+def shard_on_cpu() -> None:
+    """accelerate shards on accelerators only, and would fall back to data parallelism: say that these are some."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    PartialState(cpu=True)
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+
+
+def run_sharded(out: Path) -> None:
+    """What is said of sharding, in two processes that shard; in one process, the same without."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        shard_on_cpu()
+        assert make_accelerator(SETTINGS, out).is_fsdp2
+    scenario_plain(out, "dpo", DPO(beta=0.5))
+    scenario_plain(out, "coupled", Coupled(beta=0.5))
+    scenario_plain(out, "state", Probe())
+    scenario_interrupted(out, "interrupted", DPO(beta=0.5))
+    scenario_run(out)
+
+
+def run_all(out: Path) -> None:
+    """Every scenario."""
+    scenario_plain(out, "dpo", DPO(beta=0.5))
+    scenario_plain(out, "coupled", Coupled(beta=0.5))
+    scenario_plain(out, "state", Probe())
+    scenario_plain(out, "noisy", Noisy())
+    scenario_interrupted(out, "noisy-interrupted", Noisy())
+    scenario_tracked(out)
+    scenario_stopped(out)
+    scenario_run(out)

@@ -1,0 +1,142 @@
+"""Two processes under `accelerate launch` train as one does."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from pertoken.core.checkpoint import checkpoints
+from tests.core import processes
+from tests.core.training import FIRST_ROW, assert_close, largest_difference, log
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from tests.core import processes
+processes.{call}(Path(sys.argv[1]))
+"""
+
+
+def launch(tmp_path: Path, call: str, *flags: str) -> Path:
+    """Run a function of `processes` in two gloo processes; the folder it filled."""
+    script, out = tmp_path / "script.py", tmp_path / "two"
+    script.write_text(SCRIPT.format(call=call))
+    out.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # With --cpu, accelerate starts one process whatever --num_processes says (more want MPI), so the machine is told
+    # to be without GPUs by the environment.
+    command = "-m accelerate.commands.launch --multi_gpu --num_machines 1 --num_processes 2 --mixed_precision no "
+    command += f"--dynamo_backend no --main_process_port {port}"
+    settings = {
+        "ACCELERATE_USE_CPU": "true",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")]),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, *command.split(), *flags, str(script), str(out)],
+        cwd=tmp_path,
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return out
+
+
+def kept(folder: Path) -> tuple[list[dict[str, float]], dict]:
+    return json.loads((folder / "history.json").read_text()), load_file(folder / "weights.safetensors")
+
+
+def assert_same(one: Path, two: Path, tolerance: float = 1e-6) -> None:
+    (a, x), (b, y) = kept(one), kept(two)
+    assert len(a) > 1 and a[0] != a[-1]
+    assert_close(a, b, tolerance)
+    assert largest_difference(x, y) < tolerance
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory) -> tuple[Path, Path]:
+    one = tmp_path_factory.mktemp("one")
+    processes.run_all(one)
+    return one, launch(tmp_path_factory.mktemp("launch"), "run_all")
+
+
+@pytest.mark.parametrize("name", ["dpo", "coupled", "state", "tracked"])
+def test_two_processes_train_as_one(both, name):
+    one, two = both
+    assert_same(one / f"{name}-kept", two / f"{name}-kept")
+    assert log(two / name) == kept(two / f"{name}-kept")[0], "a record is missing, or there twice"
+
+
+def test_each_process_draws_on_where_it_stopped(both):
+    one, two = both
+    for folder in both:
+        a, b = (kept(folder / f"{name}-kept") for name in ("noisy", "noisy-interrupted"))
+        assert a[0] == b[0] and largest_difference(a[1], b[1]) == 0
+    assert kept(one / "noisy-kept")[0] != kept(two / "noisy-kept")[0]
+
+
+def test_only_the_main_process_writes(both):
+    one, two = both
+    for folder in (one, two):
+        files = sorted(str(p.relative_to(folder)) for p in (folder / "dpo").rglob("*"))
+        names = ("optimizer.safetensors", "state.json", "weights.safetensors")
+        steps = [f"dpo/checkpoint-{s:06d}" for s in (4, 6)]
+        assert files == sorted(["dpo/log.jsonl", *steps, *(f"{s}/{n}" for s in steps for n in names)])
+    a, b = (load_file(checkpoints(folder / "dpo")[-1][1] / "optimizer.safetensors") for folder in (one, two))
+    assert {k for k in b if k.startswith("rng|cpu")} == {"rng|cpu|0", "rng|cpu|1"}
+    moments = [k for k in a if not k.startswith("rng|")]
+    assert moments and largest_difference({k: a[k] for k in moments}, {k: b[k] for k in moments}) < 1e-6
+
+
+def test_every_process_stops_at_a_loss_that_is_not_finite(both):
+    one, two = both
+    (single,) = one.glob("stopped-*.txt")
+    told = [(two / f"stopped-{i}.txt").read_text() for i in range(2)]
+    assert told[0] == told[1] and f"(rows {FIRST_ROW + 5});" in told[0]
+    assert told[0].replace(str(two), "") == single.read_text().replace(str(one), "")
+    assert len(checkpoints(two / "stopped" / "stopped")) == 1
+
+
+def test_a_whole_run(both):
+    one, two = both
+    assert_close(log(one / "run"), log(two / "run"), 1e-6)
+    a, b = (json.loads((folder / "run" / "results.json").read_text()) for folder in both)
+    assert a["updates"] == b["updates"] == 6 and a["provenance"]["models"] == b["provenance"]["models"]
+    models = [load_file(folder / "run" / "model" / "model.safetensors") for folder in both]
+    assert largest_difference(*models) < 1e-6
+    for record in (a, b):
+        assert [(s["stage"], s["reused"]) for s in record["stages"]] == [("sft-model", False)]
+    helpers = [
+        load_file(next((f / "run" / "stages").glob("sft-model-*")) / "model" / "model.safetensors") for f in both
+    ]
+    assert largest_difference(*helpers) < 1e-6
+    assert not [p for p in two.rglob("*.part")], "rests of a process that came second"
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_shipped_configurations(name):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    path = ROOT / "configs" / f"{name}.yaml"
+    loaded = load_config_from_file(str(path))
+    assert loaded.num_processes >= 1
+    said = yaml.safe_load(path.read_text())
+    assert str(said["distributed_type"]) == {"ddp": "MULTI_GPU", "fsdp2": "FSDP"}[name]
+    if name == "fsdp2":
+        assert said["fsdp_config"]["fsdp_version"] == 2
