@@ -34,7 +34,7 @@ import torch
 import tyro
 from datasets import Dataset, disable_progress_bars
 from torch.profiler import ProfilerActivity, profile
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from pertoken.core.data import Group, encode, load_examples
@@ -89,7 +89,9 @@ class Setting:
     recompute: bool
 
     def __str__(self) -> str:
-        return f"{self.micro} pair{'s' * (self.micro > 1)} a forward, layers {'recomputed' if self.recompute else 'kept'}"
+        return (
+            f"{self.micro} pair{'s' * (self.micro > 1)} a forward, layers {'recomputed' if self.recompute else 'kept'}"
+        )
 
 
 @dataclass
@@ -219,10 +221,16 @@ def now() -> tuple[float, float]:
 class Profiled:
     """What one step holds and where its time goes."""
 
-    PARTS = ("layers: matrix products", "layers: attention", "layers: the rest", "LM head", "clipping and optimizer")
+    PARTS = (
+        "layers: matrix products",
+        "layers: attention",
+        "layers: the rest",
+        "LM head and embedding",
+        "clipping and optimizer",
+    )
 
-    def __init__(self, parameters: int, device: str):
-        self.parameters, self.device = parameters, device
+    def __init__(self, gradients: int, device: str):
+        self.gradients, self.device = gradients, device
         self.peak, self.parts = 0, dict.fromkeys(self.PARTS, 0.0)
 
     @contextlib.contextmanager
@@ -231,22 +239,92 @@ class Profiled:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             yield
-            self.peak = torch.cuda.max_memory_allocated() - before - self.parameters
+            self.peak = torch.cuda.max_memory_allocated() - before - self.gradients
             return
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True, record_shapes=True) as profiled:
             yield
         events = profiled.profiler.kineto_results.events()
         held = np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()) if e.name() == "[memory]"])
-        self.peak = int(held.max()) - self.parameters  # gradients are made, and freed at the end, in the step
-        for event in profiled.events():
-            self.parts[self._part(event)] += event.self_cpu_time_total / 1e6
+        self.peak = int(held.max()) - self.gradients  # they are made and freed inside the step
+        events = profiled.events()
+        done = max(e.time_range.end for e in events if e.name.startswith("autograd::engine"))
+        for event in events:
+            self.parts[self._part(event, done)] += event.self_cpu_time_total / 1e6
 
-    def _part(self, event: Any) -> str:
+    def _part(self, event: Any, backward_done: float) -> str:
         sizes = [size for shape in event.input_shapes or [] if isinstance(shape, list) for size in shape]
-        if any(word in event.name for word in ("Optimizer", "adam", "norm", "foreach")):
+        if event.time_range.start > backward_done:
             return "clipping and optimizer"
         if any(isinstance(size, int) and size >= 16384 for size in sizes):
-            return "LM head"
+            return "LM head and embedding"
         if "attention" in event.name:
             return "layers: attention"
-        return "layers: matrix products" if event.name.endswith(("::mm", "::addmm", "::bmm")) else "layers: the rest"
+        return (
+            "layers: matrix products" if event.name in ("aten::mm", "aten::addmm", "aten::bmm") else "layers: the rest"
+        )
+
+
+def draw_pairs(options: Options, lm: LM, wanted: int) -> tuple[list[Group], str]:
+    """HH pairs, or generated ones of the same lengths, and what they are."""
+    rng = np.random.default_rng(options.seed)
+    folder = os.environ.get("PERTOKEN_DATA")
+    if not folder:
+        share = np.arange(0, 1.01, 0.1)
+        lengths = [tuple(int(np.interp(rng.random(), share, deciles)) for deciles in HH) for _ in range(wanted)]
+        return [random_pair(lm, rng, *n) for n in lengths], "generated pairs with the lengths of HH"
+    examples = [e for n in ("hh_helpful", "hh_harmless") for e in load_examples(f"{folder}/{n}", kind="pair")[0]]
+    groups, _ = encode([examples[i] for i in rng.permutation(len(examples))[: wanted + wanted // 4 + 8]], lm)
+    groups = [g for g in groups if longest(g) <= LONGEST][:wanted]
+    return groups, "pairs of HH (helpful and harmless)"
+
+
+def random_pair(lm: LM, rng: np.random.Generator, prompt: int, chosen: int, rejected: int) -> Group:
+    """Random ids of these lengths."""
+    ids = [rng.integers(100, 40000, n).tolist() for n in (prompt, chosen, rejected)]
+    traces = tuple(lm.trace_of_ids(ids[0], response) for response in ids[1:])
+    return Group(example=Example(prompt="?", responses=("!", ".")), prompt_ids=tuple(ids[0]), traces=traces)
+
+
+def longest(group: Group) -> int:
+    """Tokens of the longer of a pair's two sequences."""
+    return len(group.prompt_ids) + max(map(len, group.traces))
+
+
+def tokens(groups: Sequence[Group], options: Options, setting: Setting, ours: Ours) -> dict[str, int]:
+    """Positions that reach the layers, over all batches."""
+    count = Counter[str]()
+    for start in range(0, len(groups), options.batch):
+        batch = groups[start : start + options.batch]
+        for at in range(0, len(batch), setting.micro):
+            part = batch[at : at + setting.micro]
+            count["TRL, padded"] += 2 * len(part) * max(map(longest, part))
+        count["TRL, unpadded"] += sum(len(t.prompt_ids) + len(t) for g in batch for t in g.traces)
+        count["pertoken, unpadded"] += sum(len(g.prompt_ids) + sum(len(t) - 1 for t in g.traces) for g in batch)
+        count["pertoken, padded"] += sum(p.tokens for p in pack([g.traces for g in batch], cost=ours.step.cost))
+    return dict(count)
+
+
+def same_ids(groups: Sequence[Group], lm: LM) -> str:
+    """Whether TRL makes the same ids of the same conversations."""
+
+    def turns(text: Any, role: str) -> list[dict[str, str]]:
+        return [{"role": role, "content": text}] if isinstance(text, str) else [dict(t) for t in text]
+
+    rows = [
+        {
+            "prompt": turns(g.example.prompt, "user"),
+            **{k: turns(r, "assistant") for k, r in zip(("chosen", "rejected"), g.example.responses)},
+        }
+        for g in groups
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        config = DPOConfig(output_dir=folder, use_cpu=True, bf16=False, max_length=None)
+        made = DPOTrainer._prepare_dataset(None, Dataset.from_list(rows), lm.tokenizer, config, "train")  # type: ignore
+    newline = lm.tokenizer.encode("\n", add_special_tokens=False)
+    exact = after_newline = 0
+    for row, group in zip(made, groups):
+        theirs = [row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]]
+        mine = [list(group.prompt_ids), *(list(t.completion_ids) for t in group.traces)]
+        exact += theirs == mine
+        after_newline += theirs == [mine[0], *(m + newline for m in mine[1:])]
+    return f"{exact} of {len(groups)} pairs, {after_newline} more but for the newline after the last turn"

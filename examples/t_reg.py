@@ -10,7 +10,16 @@ negative words; d' = gap over the standard deviation of r_t on neutral words. Sa
     python examples/t_reg.py --ablations  static weight, chosen only, rhat of a DPO model, SFT on the chosen, SimPO
 
 Acceptance (specification): gap(0.5) >= 1.15 x and d'(0.5) >= 1.02 x DPO's, d' rising over alpha in 0, 0.25, 0.5, held-out
-pair accuracy not more than 2 points lower (medians of three seeds); rhat permuted within each response shows no rise.
+pair accuracy not more than 2 points lower (medians of three seeds); rhat permuted within each response shows no rise
+(here: the median over three permutations and the seeds is at most 1 % above DPO's).
+
+What was learned. (1) The token reward's noise on neutral words decides d'. With two class-conditional LMs that were
+trained apart, rhat was +-0.37 on lexicon words but had a standard deviation of 0.07 on neutral ones, and d' FELL
+(0.85 x DPO's at 60 updates), while a noiseless rhat of +-0.3 raised it (1.10 to 1.14 x). Two that go on from one LM, as
+two prompts of one model would, have 0.02, and d' rises (1.16 x). (2) The gap's ratio grows with training: 1.14 after 60
+updates (two epochs), 1.21 after 120. (3) With RMSprop at a constant rate (the operating point of examples/tdpo.py) single
+seeds drift on neutral words, and d' says nothing: 0.74 x for alpha 0.5 with a gap of 1.21 x.
+The learning rate is the best of 2e-4, 5e-4, 1e-3 for plain DPO on development pairs of training prompts.
 """
 
 from __future__ import annotations
@@ -64,6 +73,8 @@ class Options:
     seeds: tuple[int, ...] = (1, 2, 3)
     full: bool = False
     """SmolLM2 in the sentiment world instead of the small language."""
+    updates: int = 120
+    """Updates of every arm in the small language."""
     ablations: bool = False
     """Also the specification's ablations."""
     out: str = ""
@@ -75,13 +86,13 @@ class Options:
 def main(options: Options) -> None:
     """Run it and print the table."""
     out = Path(options.out or tempfile.mkdtemp(prefix="t-reg-"))
-    world = _smollm2(out) if options.full else _grammar()
+    world = _smollm2(out) if options.full else _grammar(options)
     rhat = world["rhat"]
     arms = {
         "dpo (alpha 0)": TReg(alpha=0.0, **rhat),
         "t-reg 0.25": TReg(alpha=0.25, **rhat),
         "t-reg 0.5": TReg(alpha=0.5, **rhat),
-        "permuted 0.5": TReg(alpha=0.5, scorer=Permuted(world["scorer"])),
+        **{f"permuted {k}": TReg(alpha=0.5, scorer=Permuted(world["scorer"], seed=k)) for k in range(3)},
     }
     if options.ablations:
         simpo: dict[str, Any] = {"base": "simpo", "beta": 2.0, "gamma": 0.8}
@@ -125,13 +136,14 @@ def main(options: Options) -> None:
             f"{name:<18}{m['gap']:>9.4f}{ratio['gap']:>8.3f}{m['d_prime']:>9.3f}{ratio['d_prime']:>8.3f}"
             f"{m['auc']:>8.3f}{m['correct']:>10.3f}"
         )
-    half, quarter, control = median["t-reg 0.5"], median["t-reg 0.25"], median["permuted 0.5"]
+    half, quarter = median["t-reg 0.5"], median["t-reg 0.25"]
+    control = float(np.median([d for k in range(3) for d in figures[f"permuted {k}"]["d_prime"]]))
     checks = {
         "gap ratio >= 1.15": half["gap"] / base["gap"] >= 1.15,
         "d' ratio >= 1.02": half["d_prime"] / base["d_prime"] >= 1.02,
         "d' rises over alpha": base["d_prime"] < quarter["d_prime"] < half["d_prime"],
         "accuracy within 2 points": half["correct"] >= base["correct"] - 0.02,
-        "permuted rhat: d' does not rise": control["d_prime"] <= base["d_prime"] * 1.01,
+        "permuted rhat: d' does not rise": control <= base["d_prime"] * 1.01,
     }
     for check, good in checks.items():
         print(f"{'reached' if good else 'MISSED ':<8} {check}")
@@ -165,13 +177,11 @@ def main(options: Options) -> None:
         )
 
 
-def _grammar() -> dict[str, Any]:
+def _grammar(options: Options) -> dict[str, Any]:
     world = grammar_pairs("lexicon64", n_train=480, n_held_out=200)
     scorer = ContrastivePrompt(policies=class_conditional("lexicon64"))
     evaluation = Evaluation(held_out=world.held_out, quality=credit_quality, truths=world.truths())
-    # The paper's schedule (cosine, warm-up 10 %). The rate is the best of 2e-4, 5e-4, 1e-3 for plain DPO on development
-    # pairs of training prompts; T-REG was not looked at for it.
-    config = LoopConfig(lr=5e-4, batch_size=16, steps=60)
+    config = LoopConfig(lr=5e-4, batch_size=16, steps=options.updates)
     return {
         "name": "grammar world, preset lexicon64",
         "policy": world.policy,

@@ -89,7 +89,11 @@ def main(options: Options) -> None:
         "tdpo2 alpha 0.5": ("tdpo", TDPO(variant="tdpo2", alpha=0.5)),
         "tdpo2 alpha 1": ("tdpo", TDPO(variant="tdpo2", alpha=1.0)),
     }
-    common: dict[str, Any] = {"resolve": catalog.method, "evaluate": Divergence(world["held_out"]), "progress": options.full}
+    common: dict[str, Any] = {
+        "resolve": catalog.method,
+        "evaluate": Divergence(world["held_out"]),
+        "progress": options.full,
+    }
     data = (world["policy"], world["train"], world["held_out"])
     listed = [Arm(name=n, slug=slug, objective=o) for n, (slug, o) in arms.items()]
     outcomes = compare(listed, *data, world["config"], out, seeds=options.seeds, **common)
@@ -100,7 +104,9 @@ def main(options: Options) -> None:
     print(f"\n{world['name']}; medians of seeds {options.seeds}")
     print(f"{'arm':<18}" + "".join(f"{c:>18}" for c in columns) + f"{'updates':>10}")
     for name, m in median.items():
-        print(f"{name:<18}" + "".join(f"{m[c]:>18.4f}" for c in columns) + f"{m.get('updates', world['updates']):>10.0f}")
+        print(
+            f"{name:<18}" + "".join(f"{m[c]:>18.4f}" for c in columns) + f"{m.get('updates', world['updates']):>10.0f}"
+        )
     dpo, half = median["dpo"], median["tdpo2 alpha 0.5"]
     ordered = [median[f"tdpo2 alpha {a}"]["kl_chosen"] for a in ("0", "0.5", "1")]
     checks = {

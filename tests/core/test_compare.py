@@ -74,8 +74,6 @@ def test_other_options_in_the_same_folder_are_refused(go):
 
 def test_what_cannot_be_compared_is_refused_first():
     with pytest.raises(ValueError, match="takes sft data"):
-        check_arms(
-            [Arm(name="a", slug="dpo", objective=DPO()), Arm(name="b", slug="sft", objective=SFT())], "pairs"
-        )
+        check_arms([Arm(name="a", slug="dpo", objective=DPO()), Arm(name="b", slug="sft", objective=SFT())], "pairs")
     with pytest.raises(ValueError, match="one name"):
         check_arms([Arm(name="a", slug="dpo", objective=DPO())] * 2, "pairs")

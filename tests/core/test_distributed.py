@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from pertoken.core.checkpoint import checkpoints
+from pertoken.core.lm import load
 from tests.core import processes
 from tests.core.training import FIRST_ROW, assert_close, largest_difference, log
 
@@ -38,8 +39,7 @@ def launch(tmp_path: Path, call: str, *flags: str) -> Path:
         port = free.getsockname()[1]
     # With --cpu, accelerate starts one process whatever --num_processes says (more want MPI), so the machine is told
     # to be without GPUs by the environment.
-    command = "-m accelerate.commands.launch --multi_gpu --num_machines 1 --num_processes 2 --mixed_precision no "
-    command += f"--dynamo_backend no --main_process_port {port}"
+    command = f"-m accelerate.commands.launch --num_processes 2 --main_process_port {port}"
     settings = {
         "ACCELERATE_USE_CPU": "true",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")]),
@@ -73,7 +73,9 @@ def assert_same(one: Path, two: Path, tolerance: float = 1e-6) -> None:
 def both(tmp_path_factory) -> tuple[Path, Path]:
     one = tmp_path_factory.mktemp("one")
     processes.run_all(one)
-    return one, launch(tmp_path_factory.mktemp("launch"), "run_all")
+    return one, launch(
+        tmp_path_factory.mktemp("launch"), "run_all", "--config_file", str(ROOT / "configs" / "ddp.yaml")
+    )
 
 
 @pytest.mark.parametrize("name", ["dpo", "coupled", "state", "tracked"])
@@ -127,6 +129,25 @@ def test_a_whole_run(both):
     ]
     assert largest_difference(*helpers) < 1e-6
     assert not [p for p in two.rglob("*.part")], "rests of a process that came second"
+
+
+@pytest.mark.slow
+def test_sharded_processes_train_as_one(tmp_path):
+    """FSDP2 with the shipped configuration, on CPU and gloo."""
+    one = tmp_path / "one"
+    one.mkdir()
+    processes.run_sharded(one)
+    two = launch(tmp_path, "run_sharded", "--config_file", str(ROOT / "configs" / "fsdp2.yaml"))
+    for name in ("dpo", "coupled", "state", "interrupted"):
+        assert_same(one / f"{name}-kept", two / f"{name}-kept")
+        a, b = (load_file(checkpoints(f / name)[-1][1] / "weights.safetensors") for f in (one, two))
+        trained = kept(one / f"{name}-kept")[1].keys()  # not what each process counts for itself
+        assert largest_difference(*({k: saved[k] for k in trained} for saved in (a, b))) < 1e-6
+    assert_close(log(one / "run"), log(two / "run"), 1e-6)
+    for name in ("run", next((two / "run" / "stages").glob("sft-model-*")).relative_to(two)):
+        a, b = (load_file(f / name / "model" / "model.safetensors") for f in (one, two))
+        assert largest_difference(a, b) < 1e-6
+    assert load(two / "run" / "model", dtype="float64", device="cpu").model.config.vocab_size == 320
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])

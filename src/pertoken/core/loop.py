@@ -225,18 +225,26 @@ def apply_gradients(
 ) -> float:
     """Make gradients of a sum over `count` those of the mean, clip them (0: not), update; their norm before clipping.
     If it is not finite, nothing is updated."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     scale = accelerator.num_processes / count if count else 0.0  # wrappers have averaged them over processes
-    for p in parameters:
-        if p.grad is not None:
-            p.grad.mul_(scale)
-    norm = accelerator.clip_grad_norm_(parameters, max_norm or math.inf)
-    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    norm = scale * _norm(grads)
     if math.isfinite(norm):
+        scale *= min(1.0, max_norm / (norm + 1e-6)) if max_norm else 1.0
+        for grad in grads:
+            grad.mul_(scale)
         for group in optimizer.param_groups:
             group["lr"] = rate * group.get("lr_factor", 1.0)
         optimizer.step()
     return norm
+
+
+def _norm(grads: list[torch.Tensor]) -> float:
+    """Joint norm of gradients, some of which may be sharded."""
+    sharded, whole = [], []
+    for grad in grads:
+        (sharded if hasattr(grad, "full_tensor") else whole).append(grad)
+    norms: list[Any] = [torch.nn.utils.get_total_norm(some) for some in (sharded, whole) if some]
+    return math.hypot(*(float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm) for norm in norms))
 
 
 def make_accelerator(config: LoopConfig, out: Path) -> Any:

@@ -191,6 +191,8 @@ class ObjectiveStep:
             result.add(part)
         if train:
             self._share_state_gradients()
+        if _is_sharded(self.accelerator):  # a forward without backward leaves some parameters gathered
+            self.module.reshard()  # type: ignore[operator]
         return result
 
     def _idle(self, packs: int) -> int:
