@@ -1,11 +1,12 @@
 """Optimiser steps of DPO on SmolLM2-135M: pertoken against TRL's `DPOTrainer`, in one process, step by step in turn.
 
-Both train a copy of the same weights on the same pairs in the same order, from the same token ids and the same reference
-log-probs (computed once, before), with AdamW (fused, no weight decay), clipping at norm 1 and a constant learning rate.
-TRL's own loop runs (`trainer.train()`), with no other change than that it is handed ids instead of text; between two of
-its steps a callback runs one of ours, so that both meet the machine in the same state. A pilot tries TRL's settings (the
-whole batch at once, or pair by pair with accumulation; layers kept or computed again in backward) on the two batches of
-middle size, and the fastest one races. TRL 1.16 has switched its padding-free option off.
+Both train a copy of the same weights on the same pairs in the same order, from the same token ids and the same
+reference log-probs (computed once, before), with AdamW (fused, no weight decay), clipping at norm 1 and a constant
+learning rate. TRL's own loop runs (`trainer.train()`), with no other change than that it is handed ids instead of
+text; between two of its steps a callback runs one of ours, so that both meet the machine in the same state. A pilot
+tries TRL's settings (the whole batch at once, or pair by pair with accumulation; layers kept or computed again in
+backward) on the two batches of middle size, and the fastest one races. TRL 1.16 has switched its padding-free option
+off.
 
 Memory: the most that torch's allocator held at any moment of a step, less weights, gradients and optimizer state,
 measured on the largest batch, in a step that is not timed. The same step says where the time goes (profiler).
@@ -19,7 +20,6 @@ measured on the largest batch, in a step that is not timed. The same step says w
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import statistics
 import tempfile
@@ -31,8 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import tyro
-from datasets import Dataset, disable_progress_bars
+from datasets import Dataset
 from torch.profiler import ProfilerActivity, profile
 from transformers import PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
@@ -42,9 +41,7 @@ from pertoken.core.examples import Example
 from pertoken.core.lm import LM, load
 from pertoken.core.loop import LoopConfig, apply_gradients, make_accelerator, make_optimizer
 from pertoken.core.packing import pack
-from pertoken.core.run import add_reference_logps
-from pertoken.core.step import REFERENCE, ObjectiveStep, recomputed_layers
-from pertoken.results import save_result
+from pertoken.core.step import REFERENCE, ObjectiveStep
 from pertoken.train.dpo import DPO
 
 BETA, CLIP, WARM = 0.1, 1.0, 1

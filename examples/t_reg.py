@@ -9,16 +9,16 @@ negative words; d' = gap over the standard deviation of r_t on neutral words. Sa
     python examples/t_reg.py --full       SmolLM2 on film replies, rhat from tone prompts without drafts (about an hour)
     python examples/t_reg.py --ablations  static weight, chosen only, rhat of a DPO model, SFT on the chosen, SimPO
 
-Acceptance (specification): gap(0.5) >= 1.15 x and d'(0.5) >= 1.02 x DPO's, d' rising over alpha in 0, 0.25, 0.5, held-out
-pair accuracy not more than 2 points lower (medians of three seeds); rhat permuted within each response shows no rise
-(here: the median over three permutations and the seeds is at most 1 % above DPO's).
+Acceptance (specification): gap(0.5) >= 1.15 x and d'(0.5) >= 1.02 x DPO's, d' rising over alpha in 0, 0.25, 0.5,
+held-out pair accuracy not more than 2 points lower (medians of three seeds); rhat permuted within each response shows
+no rise (here: the median over three permutations and the seeds is at most 1 % above DPO's).
 
 What was learned. (1) The token reward's noise on neutral words decides d'. With two class-conditional LMs that were
 trained apart, rhat was +-0.37 on lexicon words but had a standard deviation of 0.07 on neutral ones, and d' FELL
-(0.85 x DPO's at 60 updates), while a noiseless rhat of +-0.3 raised it (1.10 to 1.14 x). Two that go on from one LM, as
-two prompts of one model would, have 0.02, and d' rises (1.16 x). (2) The gap's ratio grows with training: 1.14 after 60
-updates (two epochs), 1.21 after 120. (3) With RMSprop at a constant rate (the operating point of examples/tdpo.py) single
-seeds drift on neutral words, and d' says nothing: 0.74 x for alpha 0.5 with a gap of 1.21 x.
+(0.85 x DPO's at 60 updates), while a noiseless rhat of +-0.3 raised it (1.10 to 1.14 x). Two that go on from one LM,
+as two prompts of one model would, have 0.02, and d' rises (1.16 x). (2) The gap's ratio grows with training: 1.14 after
+60 updates (two epochs), 1.21 after 120. (3) With RMSprop at a constant rate (the operating point of examples/tdpo.py)
+single seeds drift on neutral words, and d' says nothing: 0.74 x for alpha 0.5 with a gap of 1.21 x.
 The learning rate is the best of 2e-4, 5e-4, 1e-3 for plain DPO on development pairs of training prompts.
 """
 
@@ -125,9 +125,8 @@ def main(options: Options) -> None:
         for name in arms
     }
     median = {name: {k: float(np.median(v)) for k, v in f.items()} for name, f in figures.items()}
-    print(
-        f"\n{world['name']}; medians of seeds {options.seeds}; rhat: {next(n for o in outcomes for n in o.record['notes'])}"
-    )
+    said = next(note for o in outcomes for note in o.record["notes"])
+    print(f"\n{world['name']}; medians of seeds {options.seeds}; {said}")
     print(f"{'arm':<18}{'gap':>9}{'x dpo':>8}{'d_prime':>9}{'x dpo':>8}{'AUC':>8}{'accuracy':>10}")
     base = median["dpo (alpha 0)"]
     for name, m in median.items():

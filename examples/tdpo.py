@@ -3,17 +3,17 @@
 World: the 64-word sentiment language of the specification and a 2-layer LM trained on it; 480 pairs, the best and the
 worst of four samples of that LM. Every arm makes the same 60 updates of 16 pairs in the same order, with RMSprop, a
 constant rate and the release's clipping at norm 10. The specification's pilot had a rate of 5e-5; on this language DPO
-hardly moves with it (forward KL 0.4 nats a response, accuracy 0.83 on development pairs of training prompts), and 2e-4 is
-the first of 5e-5, 2e-4, 5e-4 that brings plain DPO to the pilot's KL of about 10 there. Accuracy is the share of held-out pairs with u(y_w) > u(y_l), WITHOUT the KL
-term; the logged one of the release includes it and is printed beside. KL is the sequential forward KL(ref || policy)
-on held-out CHOSEN responses.
+hardly moves with it (forward KL 0.4 nats a response, accuracy 0.83 on development pairs of training prompts), and 2e-4
+is the first of 5e-5, 2e-4, 5e-4 that brings plain DPO to the pilot's KL of about 10 there. Accuracy is the share of
+held-out pairs with u(y_w) > u(y_l), WITHOUT the KL term; the logged one of the release includes it and is printed
+beside. KL is the sequential forward KL(ref || policy) on held-out CHOSEN responses.
 
     python examples/tdpo.py          two minutes, three seeds
-    python examples/tdpo.py --full   SmolLM2 on film replies after an SFT epoch on the chosen responses (about an hour)
+    python examples/tdpo.py --full   SmolLM2 on film replies after an SFT epoch on the chosen ones (about an hour)
 
-Acceptance (specification), medians of three seeds: TDPO2(0.5) within 4 points of DPO's accuracy at a KL of at most 0.6 x
-DPO's; alpha in 0, 0.5, 1 orders that KL strictly downwards. An honest control without a bound is DPO stopped early, at
-TDPO2's final KL: equal updates are no frontier, and what is claimed here is about equal updates.
+Acceptance (specification), medians of three seeds: TDPO2(0.5) within 4 points of DPO's accuracy at a KL of at most
+0.6 x DPO's; alpha in 0, 0.5, 1 orders that KL strictly downwards. An honest control without a bound is DPO stopped
+early, at TDPO2's final KL: equal updates are no frontier, and what is claimed here is about equal updates.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ from pertoken.results import save_result
 from pertoken.train.dpo import DPO
 from pertoken.train.tdpo import TDPO
 from pertoken.worlds.experiment import grammar_pairs
-
 
 GRAMMAR_LOOP = LoopConfig(
     lr=2e-4, optimizer="rmsprop", batch_size=16, steps=60, schedule="constant", warmup=0.0, max_grad_norm=10.0
@@ -126,7 +125,7 @@ def main(options: Options) -> None:
         ]
         save_result(
             "tdpo",
-            metric="sequential forward KL on held-out chosen responses, TDPO2 alpha 0.5, equal updates (less is better)",
+            metric="sequential forward KL on held-out chosen responses, TDPO2 alpha 0.5, equal updates (less: better)",
             value=half["kl_chosen"],
             interval=(min(each), max(each)),
             baseline="dpo",
@@ -135,8 +134,8 @@ def main(options: Options) -> None:
             reached=all(checks.values()),
             world=world["name"],
             seeds=options.seeds,
-            notes="interval: least and greatest of the seeds. Equal updates, not a frontier: see the row of DPO stopped "
-            "early at this KL; " + "; ".join(f"{c}: {'yes' if g else 'no'}" for c, g in checks.items()),
+            notes="interval: least and greatest of the seeds. Equal updates, not a frontier: see the row of DPO "
+            "stopped early at this KL; " + "; ".join(f"{c}: {'yes' if g else 'no'}" for c, g in checks.items()),
             rows=rows,
         )
 

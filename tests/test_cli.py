@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -101,7 +102,7 @@ def test_compare_ends_with_a_report(tmp_path, model, data, capsys):
     options = ["--model", model, "--steps", "2", "--batch-size", "4", "--seeds", "1", "2", "--sample-tokens", "4"]
     assert main([*words, *options, "--out", str(tmp_path / "c")]) == 0
     report = capsys.readouterr().out.strip().splitlines()[-1]
-    assert "soft" in open(report).read()
+    assert "soft" in Path(report).read_text("utf8")
     record = json.loads((tmp_path / "c" / "comparison.json").read_text())
     assert [(o["arm"], o["seed"]) for o in record["outcomes"]] == [("dpo", 1), ("dpo", 2), ("soft", 1), ("soft", 2)]
 

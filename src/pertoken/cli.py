@@ -69,9 +69,7 @@ def _methods(words: Sequence[str]) -> None:
     from .catalog import methods
 
     if "--help" in words or "-h" in words:
-        print(
-            "usage: pertoken methods [--room ROOM] [TEXT]\n\nLists the methods; TEXT filters by slug, title or arXiv id."
-        )
+        print("usage: pertoken methods [--room ROOM] [TEXT]\n\nTEXT filters by slug, room, title or arXiv id.")
         return
     words = [w for w in words if w != "--room"]
     rows = [m for m in methods() if all(w.lower() in f"{m.slug} {m.room} {m.title} {m.paper}".lower() for w in words)]
@@ -289,7 +287,7 @@ def _check(words: Sequence[str]) -> int:
     good = found["max_difference"] <= found["bound"]
     print(
         f"{int(found['tokens'])} tokens: largest difference {found['max_difference']:.2e}, mean "
-        f"{found['mean_difference']:.2e} nats; bound for {args.dtype}: {found['bound']:g}: {'ok' if good else 'EXCEEDED'}"
+        f"{found['mean_difference']:.2e} nats; {args.dtype} bound {found['bound']:g}: {'ok' if good else 'EXCEEDED'}"
     )
     return 0 if good else 1
 

@@ -53,7 +53,7 @@ class Evaluation:
     truths: Sequence[np.ndarray] = ()
     shown: Sequence[Trace] = ()
     beta: float = 0.1
-    say: Say = lambda line: None  # noqa: E731
+    say: Say = lambda line: None
 
     def __call__(self, lm: LM, reference: LM, seed: int) -> dict[str, Any]:
         """Figures as JSON values; per-item lists where an interval is wanted."""
@@ -290,7 +290,8 @@ def compare_train(names: Sequence[str], options: CompareOptions, settings: Mappi
         out,
         title=title,
         sections=sections,
-        summary=f"{len(groups)} training and {len(held_out)} held-out rows, {len(options.seeds)} seed(s), {outcomes[0].record['updates']} updates.",
+        summary=f"{len(groups)} training and {len(held_out)} held-out rows, {len(options.seeds)} seed(s), "
+        f"{outcomes[0].record['updates']} updates.",
     )
 
 
@@ -331,8 +332,8 @@ __all__ = [
     "CompareOptions",
     "Evaluation",
     "LoopConfig",
-    "comparison_sections",
     "compare_train",
+    "comparison_sections",
     "credit_section",
     "interval",
     "make_arms",

@@ -276,10 +276,11 @@ def _report(options: DemoOptions, out: Path, real: dict[str, Any], grammar: dict
         ("time", f"{seconds / 60:.1f} min", "everything on this page, on this machine's CPU"),
     )
     intro = (
-        f"The model ({record['model']}) answered {options.pairs} questions about films {options.samples} times each. VADER, "
-        "a rule-based sentiment score, ranked the answers; the best and the worst of each question became a preference pair. "
-        "**DPO** learns from the pair as a whole. **T-REG** also asks the untouched model itself, under a positive and under a "
-        "negative prompt, which *tokens* of each answer deserve the credit, and leans on those."
+        f"The model ({record['model']}) answered {options.pairs} questions about films {options.samples} times each. "
+        "VADER, a rule-based sentiment score, ranked the answers; the best and the worst of each question became a "
+        "preference pair. **DPO** learns from the pair as a whole. **T-REG** also asks the untouched model itself, "
+        "under a positive and under a negative prompt, which *tokens* of each answer deserve the credit, and leans on "
+        "those."
     )
     sections = [
         Prose(title="What happened", text=intro),
@@ -287,8 +288,8 @@ def _report(options: DemoOptions, out: Path, real: dict[str, Any], grammar: dict
             title="Credit before any training",
             groups=[list(group) for group in zip(*real["before"], strict=True)],
             titles=[list(real["names"])] * len(real["before"][0]),
-            how="Two signals on the same held-out answers: the reward's own words, and what the untouched model believes. "
-            "Blue earns, orange costs.",
+            how="Two signals on the same held-out answers: the reward's own words, and what the untouched model "
+            "believes. Blue earns, orange costs.",
         ),
         *comparison_sections("SmolLM2, one seed", real["outcomes"], real["untouched"]),
         credit_section(real["outcomes"]),

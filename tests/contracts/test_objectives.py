@@ -72,7 +72,7 @@ def test_only_emitted_tokens_count(row, objective):
 
 @every_variant
 def test_loss_is_total(row, objective):
-    """Equal responses, empty responses and (where none is mismatched) a single row have a finite loss, gradient and metrics."""
+    """Equal and empty responses, and a single row (where none is mismatched), have finite loss, gradient, metrics."""
     lm = model("policy")
     one, other = (tiny.groups(lm, n=1, k=1, seed=seed)[0][0] for seed in (1, 2))
     empty = lm.trace_of_ids(one.prompt_ids, [])

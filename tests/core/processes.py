@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +16,7 @@ from torch import nn
 from pertoken import catalog
 from pertoken.core.cache import ArrayCache
 from pertoken.core.checkpoint import whole
+from pertoken.core.lm import LM
 from pertoken.core.loop import make_accelerator
 from pertoken.core.protocols import Batch, Loss
 from pertoken.core.run import Run
@@ -23,6 +24,7 @@ from pertoken.core.stats import Stats
 from pertoken.core.step import ObjectiveStep
 from pertoken.train.dpo import DPO
 from pertoken.train.sft import SFT
+from tests import tiny
 from tests.core.test_step import Probe
 from tests.core.training import Stop, config, make_groups, timeless, train
 from tests.methods.one_pass import exact_lm
@@ -45,9 +47,11 @@ class Noisy(SFT):
         return Loss(loss.sum * torch.rand(()), loss.count)
 
 
-def step(accelerator: Any, objective: Any, after: int | None = None, **options: Any) -> Stop:
+def step(
+    accelerator: Any, objective: Any, after: int | None = None, make: Callable[[], LM] = exact_lm, **options: Any
+) -> Stop:
     """A step over 9 examples, one pack a group, so that processes have different numbers of packs."""
-    lm = exact_lm()
+    lm = make()
     kind = "pair" if objective.data == "pairs" else "sft"
     groups = make_groups(lm, 11, kind, reference=exact_lm(1), longest=5, prompt=5)
     settings = {"held_out": groups[9:], "max_tokens": 1, "accelerator": accelerator, **options}
@@ -67,10 +71,12 @@ def keep(folder: Path, made: ObjectiveStep, history: list[dict[str, float]]) -> 
         save_file(weights, folder / "weights.safetensors")
 
 
-def scenario_plain(out: Path, name: str, objective: Any, **options: Any) -> None:
-    accelerator = make_accelerator(SETTINGS, out / name)
+def scenario_plain(out: Path, name: str, objective: Any, batch: int = 4, **options: Any) -> None:
+    """A run from beginning to end."""
+    settings = dataclasses.replace(SETTINGS, batch_size=batch)
+    accelerator = make_accelerator(settings, out / name)
     made = step(accelerator, objective, **options)
-    keep(out / f"{name}-kept", made, train(made, out / name, SETTINGS, accelerator=accelerator))
+    keep(out / f"{name}-kept", made, train(made, out / name, settings, accelerator=accelerator))
 
 
 def scenario_interrupted(out: Path, name: str, objective: Any, **options: Any) -> None:
@@ -161,6 +167,7 @@ def run_all(out: Path) -> None:
     """Every scenario."""
     scenario_plain(out, "dpo", DPO(beta=0.5))
     scenario_plain(out, "coupled", Coupled(beta=0.5))
+    scenario_plain(out, "buffers", Coupled(beta=0.5), make=tiny.lm, batch=5)  # Llama has them, GPT-2 has none
     scenario_plain(out, "state", Probe())
     scenario_plain(out, "noisy", Noisy())
     scenario_interrupted(out, "noisy-interrupted", Noisy())

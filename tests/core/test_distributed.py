@@ -69,32 +69,32 @@ def assert_same(one: Path, two: Path, tolerance: float = 1e-6) -> None:
     assert largest_difference(x, y) < tolerance
 
 
-@pytest.fixture(scope="module")
-def both(tmp_path_factory) -> tuple[Path, Path]:
-    one = tmp_path_factory.mktemp("one")
+def test_two_processes_train_as_one(tmp_path):
+    """One launch, and every check of what it left: starting Python twice is what takes the time."""
+    one = tmp_path / "one"
+    one.mkdir()
     processes.run_all(one)
-    return one, launch(
-        tmp_path_factory.mktemp("launch"), "run_all", "--config_file", str(ROOT / "configs" / "ddp.yaml")
-    )
+    two = launch(tmp_path, "run_all", "--config_file", str(ROOT / "configs" / "ddp.yaml"))
+    for name in ("dpo", "coupled", "state", "tracked"):
+        assert_same(one / f"{name}-kept", two / f"{name}-kept")
+        assert log(two / name) == kept(two / f"{name}-kept")[0], "a record is missing, or there twice"
+    assert_same(one / "buffers-kept", two / "buffers-kept", 1e-4)  # its norms compute in float32
+    check_random_states(one, two)
+    check_files(one, two)
+    check_stop(one, two)
+    check_run(one, two)
 
 
-@pytest.mark.parametrize("name", ["dpo", "coupled", "state", "tracked"])
-def test_two_processes_train_as_one(both, name):
-    one, two = both
-    assert_same(one / f"{name}-kept", two / f"{name}-kept")
-    assert log(two / name) == kept(two / f"{name}-kept")[0], "a record is missing, or there twice"
-
-
-def test_each_process_draws_on_where_it_stopped(both):
-    one, two = both
-    for folder in both:
+def check_random_states(one: Path, two: Path) -> None:
+    """Each process draws on where it stopped."""
+    for folder in (one, two):
         a, b = (kept(folder / f"{name}-kept") for name in ("noisy", "noisy-interrupted"))
         assert a[0] == b[0] and largest_difference(a[1], b[1]) == 0
     assert kept(one / "noisy-kept")[0] != kept(two / "noisy-kept")[0]
 
 
-def test_only_the_main_process_writes(both):
-    one, two = both
+def check_files(one: Path, two: Path) -> None:
+    """The main process alone writes, and all of it."""
     for folder in (one, two):
         files = sorted(str(p.relative_to(folder)) for p in (folder / "dpo").rglob("*"))
         names = ("optimizer.safetensors", "state.json", "weights.safetensors")
@@ -106,8 +106,8 @@ def test_only_the_main_process_writes(both):
     assert moments and largest_difference({k: a[k] for k in moments}, {k: b[k] for k in moments}) < 1e-6
 
 
-def test_every_process_stops_at_a_loss_that_is_not_finite(both):
-    one, two = both
+def check_stop(one: Path, two: Path) -> None:
+    """A loss that is not finite on one process stops both, with the same words."""
     (single,) = one.glob("stopped-*.txt")
     told = [(two / f"stopped-{i}.txt").read_text() for i in range(2)]
     assert told[0] == told[1] and f"(rows {FIRST_ROW + 5});" in told[0]
@@ -115,19 +115,16 @@ def test_every_process_stops_at_a_loss_that_is_not_finite(both):
     assert len(checkpoints(two / "stopped" / "stopped")) == 1
 
 
-def test_a_whole_run(both):
-    one, two = both
+def check_run(one: Path, two: Path) -> None:
+    """A reference that was given, a helper model, the saved model, the record."""
     assert_close(log(one / "run"), log(two / "run"), 1e-6)
-    a, b = (json.loads((folder / "run" / "results.json").read_text()) for folder in both)
+    a, b = (json.loads((folder / "run" / "results.json").read_text()) for folder in (one, two))
     assert a["updates"] == b["updates"] == 6 and a["provenance"]["models"] == b["provenance"]["models"]
-    models = [load_file(folder / "run" / "model" / "model.safetensors") for folder in both]
-    assert largest_difference(*models) < 1e-6
     for record in (a, b):
         assert [(s["stage"], s["reused"]) for s in record["stages"]] == [("sft-model", False)]
-    helpers = [
-        load_file(next((f / "run" / "stages").glob("sft-model-*")) / "model" / "model.safetensors") for f in both
-    ]
-    assert largest_difference(*helpers) < 1e-6
+    for pattern in ("run/model", "run/stages/sft-model-*/model"):
+        files = [next(folder.glob(f"{pattern}/model.safetensors")) for folder in (one, two)]
+        assert largest_difference(*map(load_file, files)) < 1e-6
     assert not [p for p in two.rglob("*.part")], "rests of a process that came second"
 
 

@@ -380,7 +380,7 @@ def test_block_mask_is_the_dense_mask(window):
 
     for p in pack(some_groups(8), tree="always", cost=Cost(1.0, 0.0, 1e9)):
         dense = _additive_mask(p, window, torch.float32)
-        block = _block_mask(p, window, torch.float32)
+        block = _block_mask(p, window)
         rows, columns = p.input_ids_RC.shape
         cells = create_mask(block.mask_mod, rows, None, columns, columns, device="cpu")
         assert torch.equal(cells, dense == 0) and block.shape == (rows, 1, columns, columns)

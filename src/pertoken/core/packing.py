@@ -24,10 +24,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .attention import Stretch, TreeMask, _additive_mask, _block_mask
 from .trace import Trace
 
 log = logging.getLogger(__name__)
 _PADDING = -1
+_FULL = 512  # positions of a row on the CPU beyond which sharing it saves less than a twentieth
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,14 @@ class Cost:
         attention: of one query-key pair through all layers (2 x hidden x layers).
         launch: fixed cost of one forward, in the same unit (Python and kernel launches).
         shares: whether the model can take trees, and several stretches in a row, at all (`shares_prompts`).
+        skips: whether attention computes only what the mask allows (`attention.TreeMask`), not the whole row.
     """
 
     linear: float
     attention: float
     launch: float
     shares: bool = True
+    skips: bool = False
 
     @classmethod
     def of(cls, model: Any) -> Cost:
@@ -56,11 +60,16 @@ class Cost:
         # about ten operations a layer.
         launch = 16.0 * linear + 8e6 * config.num_hidden_layers
         attention = 2.0 * config.hidden_size * config.num_hidden_layers
-        return cls(float(linear), attention, launch, shares_prompts(model))
+        return cls(float(linear), attention, launch, shares_prompts(model), _skips(model))
 
-    def stretch(self, tokens: int) -> float:
+    def stretch(self, trunk: int, lengths: Sequence[int] = ()) -> float:
         """One stretch of a row, alone."""
-        return self.linear * tokens + self.attention * tokens * tokens
+        tokens = trunk + sum(lengths)
+        pairs = tokens * tokens
+        if self.skips:
+            first, *others = lengths or (0,)
+            pairs = (trunk + first) ** 2 + sum(n * (trunk + n) for n in others)
+        return self.linear * tokens + self.attention * pairs
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +84,7 @@ class Pack:
         present_NT: True on real tokens, emitted or not; mask_NT: True on tokens that the policy emitted.
         order: for each of the N completions, (group, completion) in the caller's groups.
         causal: plain causal rows, so no mask is needed.
+        stretches: of a single row without padding, (tokens of the trunk, of each branch) one after the other; else ().
     """
 
     input_ids_RC: Tensor
@@ -87,6 +97,7 @@ class Pack:
     mask_NT: Tensor
     order: tuple[tuple[int, int], ...]
     causal: bool
+    stretches: tuple[Stretch, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -103,8 +114,9 @@ class Pack:
     def inputs(self, model: Any) -> dict[str, Any]:
         """Keyword arguments of the model's backbone: ids, positions, and the mask its attention wants.
 
-        SDPA and eager get an additive mask of shape (R, 1, C, C); FlexAttention a block mask; a model whose layers
-        differ (full and sliding) a dict of masks, sliding windows counted by position, not by column.
+        SDPA and eager get an additive mask of shape (R, 1, C, C), SDPA on the CPU one that skips what is masked;
+        FlexAttention a block mask; a model whose layers differ (full and sliding) a dict of masks, sliding windows
+        counted by position, not by column.
 
         Raises:
             ValueError: rows that are not plain causal, for a model that cannot compute them.
@@ -120,21 +132,19 @@ class Pack:
         if self.causal:
             return {"input_ids": self.input_ids_RC, "position_ids": self.position_ids_RC, "use_cache": False}
         config = model.config.get_text_config()
-        kinds = set(getattr(config, "layer_types", None) or [])
-        window = getattr(config, "sliding_window", None)
-        window = window if getattr(config, "use_sliding_window", True) else None
-        build = _block_mask if config._attn_implementation == "flex_attention" else _additive_mask
-        dtype = next(model.parameters()).dtype
+        kinds, window = _windows(config)
         unknown = kinds - {"full_attention", "sliding_attention"}
         if unknown:
             raise ValueError(f"no mask is known for layers of type {', '.join(sorted(unknown))}")
-        if "sliding_attention" in kinds and "full_attention" in kinds:
-            mask: Any = {
-                "full_attention": build(self, None, dtype),
-                "sliding_attention": build(self, window, dtype),
-            }
-        else:
-            mask = build(self, window if kinds != {"full_attention"} else None, dtype)
+
+        def build(window: int | None) -> Any:
+            if config._attn_implementation == "flex_attention":
+                return _block_mask(self, window)
+            mask = _additive_mask(self, window, next(model.parameters()).dtype)
+            return TreeMask.of(mask, self.stretches) if self.stretches and window is None and _skips(model) else mask
+
+        mixed = "sliding_attention" in kinds and "full_attention" in kinds
+        mask = {"full_attention": build(None), "sliding_attention": build(window)} if mixed else build(window)
         return {
             "input_ids": self.input_ids_RC,
             "position_ids": self.position_ids_RC,
@@ -176,6 +186,8 @@ def pack(
     packs: list[list[list[_Stretch]]] = []
     # Groups of similar length share a pack, so that rows waste little padding.
     queue = sorted(layouts, key=lambda stretches: -max(s.size for s in stretches))
+    if cost.skips and tree != "never" and not pad_left:
+        packs, queue = [[row] for row in _fill(layouts, max_tokens)], []
     while queue:
         rows: list[list[_Stretch]] = []
         width = max(s.size for s in queue[0])
@@ -238,7 +250,22 @@ def _layout(g: int, group: Sequence[Trace], cost: Cost, tree: str) -> list[_Stre
         return [one]
     if tree == "never":
         return each
-    return [one] if cost.stretch(one.size) <= sum(cost.stretch(s.size) for s in each) else each
+    return [one] if cost.stretch(one.trunk, lengths) <= sum(cost.stretch(s.size) for s in each) else each
+
+
+def _fill(layouts: list[list[_Stretch]], max_tokens: int) -> list[list[_Stretch]]:
+    """Rows without padding, each one forward (first fit, the largest group first): as long as the largest group, so that
+    it alone says how much memory is needed, and at least so long that launching another forward costs little."""
+    sizes = [sum(s.size for s in stretches) for stretches in layouts]
+    room = min(max_tokens, max([*sizes, _FULL]))
+    rows: list[list[_Stretch]] = []
+    for stretches, size in sorted(zip(layouts, sizes, strict=True), key=lambda pair: -pair[1]):
+        home = next((row for row in rows if sum(s.size for s in row) + size <= room), None)
+        if home is None:
+            rows.append(list(stretches))
+        else:
+            home += stretches
+    return rows
 
 
 def _merge_short(rows: list[list[_Stretch]], width: int) -> list[list[_Stretch]]:
@@ -295,42 +322,20 @@ def _build(rows: list[list[_Stretch]], groups: Sequence[Sequence[Trace]], pad_le
     ):  # positions that start again in the padding would look like packed rows, and have transformers build a mask
         positions[:] = np.arange(width)
     tensors = map(torch.from_numpy, (ids, positions, segment, branch, predict, targets, present, mask))
-    return Pack(*tensors, order=tuple(order), causal=causal)
+    stretches = tuple((s.trunk, s.lengths) for s in rows[0]) if len(rows) == 1 and not pad_left else ()
+    return Pack(*tensors, order=tuple(order), causal=causal, stretches=stretches)
 
 
-def attends(segment: Tensor, branch: Tensor, position: Tensor, q: Tensor, k: Tensor, window: int | None) -> Tensor:
-    """Whether column q of a row may look at column k: same stretch, not later, and k in the trunk or in q's branch.
-
-    Args:
-        segment, branch, position: of one row, shape (C,).
-        q, k: column indices, broadcastable.
-        window: sliding window by position, or None.
-    """
-    ok = (k <= q) & (segment[q] == segment[k]) & ((branch[k] == 0) | (branch[k] == branch[q]))
-    if window is not None:
-        ok = ok & (position[q] - position[k] < window)
-    return ok
+def _windows(config: Any) -> tuple[set[str], int | None]:
+    """The kinds of layers that a model has, and the window of those that slide (of all, if it names no kinds)."""
+    kinds = set(getattr(config, "layer_types", None) or [])
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    return kinds, None if kinds == {"full_attention"} else window
 
 
-def _additive_mask(p: Pack, window: int | None, dtype: torch.dtype) -> Tensor:
-    columns = torch.arange(p.input_ids_RC.shape[1], device=p.input_ids_RC.device)
-    rows = [
-        attends(s, b, t, columns[:, None], columns[None, :], window)
-        for s, b, t in zip(p.segment_RC, p.branch_RC, p.position_ids_RC, strict=True)
-    ]
-    allowed = torch.stack(rows)[:, None]
-    mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
-    return mask.masked_fill_(~allowed, torch.finfo(dtype).min)
-
-
-def _block_mask(p: Pack, window: int | None, dtype: torch.dtype) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return attends(p.segment_RC[b], p.branch_RC[b], p.position_ids_RC[b], q, k, window)
-
-    rows, columns = p.input_ids_RC.shape
-    return create_block_mask(allowed, rows, None, columns, columns, device=p.input_ids_RC.device)
+def _skips(model: Any) -> bool:
+    """Whether a model's attention skips what a `TreeMask` forbids: where torch's SDPA, on the CPU, is handed the mask."""
+    return model.config.get_text_config()._attn_implementation == "sdpa" and model.device.type == "cpu"
 
 
 def _head_weight(model: Any) -> Tensor:

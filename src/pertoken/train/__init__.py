@@ -1,1 +1,1 @@
-"""Training objectives, one file a method. They meet through the catalog; a room's file imports core and `_preference`."""
+"""Training objectives, one file a method. A room's file imports core and its room's `_` modules."""

@@ -50,8 +50,8 @@ def fit(
     """A LlamaForCausalLM (float32, eval mode) after one pass of next-token loss over the rows.
 
     rows: token ids with <bos> = 1 first and <eos> = 2 last (0 is <pad>). size: arguments of LlamaConfig. learning_rate:
-    peak of the schedule (5 % warm-up, then cosine to 0) of AdamW. start: a model to go on from. The weights are a function of the arguments on one
-    machine and thread count; no global random state is read or changed.
+    peak of the schedule (5 % warm-up, then cosine to 0) of AdamW. start: a model to go on from. The weights are a
+    function of the arguments on one machine and thread count; no global random state is read or changed.
     """
     import torch
     from rich.console import Console

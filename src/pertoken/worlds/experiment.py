@@ -26,7 +26,7 @@ def group_of(chosen: Trace, rejected: Trace, prompt: Any, scores: tuple[float, f
 def best_and_worst(
     traces: Sequence[Sequence[Trace]], score: Callable[[str], float], margin: float, source: str
 ) -> tuple[list[Group], dict[str, int]]:
-    """Best and worst of each prompt's samples, if their scores differ by at least `margin`; what was skipped, by reason."""
+    """Best and worst of each prompt's samples, if their scores differ by `margin`; what was skipped, by reason."""
     groups: list[Group] = []
     skipped = {"fewer than two different": 0, "margin": 0}
     for drawn in traces:
