@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -120,7 +121,8 @@ def llama(
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config).to(dtype).eval()
+        model: Any = LlamaForCausalLM(config)  # transformers wraps `to` in a type that forgets self
+        return model.to(dtype).eval()
 
 
 def lm(seed: int = 0, dtype: torch.dtype = torch.float64, chat: bool = True, layers: int = 2) -> LM:

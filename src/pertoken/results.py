@@ -30,10 +30,9 @@ def save_result(
     """Write a result with the commit it was run on and the command that ran.
 
     Raises:
-        ValueError: the working tree has uncommitted changes, or there is no repository: the figure would belong to no
-            commit.
+        ValueError: code has uncommitted changes, or there is no repository: the figure would belong to no commit.
     """
-    state = git_state(Path(__file__).parent)
+    state = git_state(Path(__file__).parent, of=("src", "examples", "benchmarks"))
     if state is None or state.get("dirty"):
         raise ValueError("a result names the commit it was measured on; commit your changes in the repository first")
     record = {

@@ -132,7 +132,7 @@ def scenario_run(out: Path) -> None:
         policy=lm,
         groups=groups[:9],
         held_out=groups[9:],
-        config=dataclasses.replace(SETTINGS, epochs=1),
+        config=dataclasses.replace(SETTINGS, epochs=1, gradient_checkpointing=True),
         out=out / "run",
         resolve=catalog.method,
         given={"reference": exact_lm(1)},

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -46,15 +47,16 @@ def launch(tmp_path: Path, call: str, *flags: str) -> Path:
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    done = subprocess.run(
-        [sys.executable, *command.split(), *flags, str(script), str(out)],
-        cwd=tmp_path,
-        env=os.environ | settings,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    words = [sys.executable, *command.split(), *flags, str(script), str(out)]
+    told = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(words, cwd=tmp_path, env=os.environ | settings, **told) as running:
+        try:
+            output, _ = running.communicate(timeout=150)
+        except BaseException:  # processes that wait for each other; killed, the launcher would leave them
+            running.terminate()
+            running.wait(30)
+            raise
+    assert running.returncode == 0, output[-6000:]
     return out
 
 
@@ -152,7 +154,7 @@ def test_shipped_configurations(name):
     from accelerate.commands.config.config_args import load_config_from_file
 
     path = ROOT / "configs" / f"{name}.yaml"
-    loaded = load_config_from_file(str(path))
+    loaded: Any = load_config_from_file(str(path))
     assert loaded.num_processes >= 1
     said = yaml.safe_load(path.read_text())
     assert str(said["distributed_type"]) == {"ddp": "MULTI_GPU", "fsdp2": "FSDP"}[name]

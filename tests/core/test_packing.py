@@ -14,8 +14,9 @@ import torch
 import transformers
 from torch import Tensor
 
+from pertoken.core.attention import additive_mask, attends, block_mask
 from pertoken.core.lm import LM
-from pertoken.core.packing import Cost, Pack, attends, evaluating, pack, shares_prompts
+from pertoken.core.packing import Cost, Pack, evaluating, pack, shares_prompts
 from pertoken.core.stats import Needs, token_stats
 from pertoken.core.trace import Trace
 from tests import tiny
@@ -317,7 +318,9 @@ def layout_of(prompt: int, response: int, k: int, cost: Cost) -> str:
 def test_cost_chooses():
     cost = Cost.of(tiny.llama())
     assert layout_of(600, 8, 4, cost) == "tree"
-    assert layout_of(4, 900, 4, cost) == "flat"
+    # branches of a tree do not meet where attention skips what is masked; a dense mask computes them against each other
+    assert cost.skips and layout_of(4, 900, 4, cost) == "tree"
+    assert layout_of(4, 900, 4, dataclasses.replace(cost, skips=False)) == "flat"
     assert layout_of(600, 8, 1, cost) == "flat"
     assert cost.linear > 0 and cost.shares
     assert cost.stretch(10) == 10 * cost.linear + 100 * cost.attention
@@ -376,11 +379,9 @@ def test_block_mask_is_the_dense_mask(window):
     """FlexAttention's mask, made on the CPU, cell by cell."""
     from torch.nn.attention.flex_attention import create_mask
 
-    from pertoken.core.packing import _additive_mask, _block_mask
-
     for p in pack(some_groups(8), tree="always", cost=Cost(1.0, 0.0, 1e9)):
-        dense = _additive_mask(p, window, torch.float32)
-        block = _block_mask(p, window)
+        layout = p.segment_RC, p.branch_RC, p.position_ids_RC
+        dense, block = additive_mask(*layout, window, torch.float32), block_mask(*layout, window)
         rows, columns = p.input_ids_RC.shape
         cells = create_mask(block.mask_mod, rows, None, columns, columns, device="cpu")
         assert torch.equal(cells, dense == 0) and block.shape == (rows, 1, columns, columns)

@@ -100,6 +100,7 @@ def test_recorded_log_probs_are_those_of_a_fresh_forward(name, how):
     assert found["max_difference"] <= found["bound"] == 1e-4
     assert found["tokens"] == sum(map(len, traces))
     for trace in traces:
+        assert trace.policy_logps is not None and trace.sampled_logps is not None
         logits = one_by_one(lm, trace)
         policy = logits.log_softmax(-1)
         for t, token in enumerate(trace.completion_ids):
@@ -123,6 +124,7 @@ def test_sampling_transform_equals_the_naive_one():
 def test_check_detects_a_tampered_log_prob():
     lm = MODELS["llama"]()
     traces = flat(sample(lm, PROMPTS[:2], 2, Sampling(max_new_tokens=5)))
+    assert traces[3].policy_logps is not None
     wrong = traces[3].policy_logps.copy()
     wrong[2] += 2e-3
     traces[3] = dataclasses.replace(traces[3], policy_logps=wrong)
@@ -202,6 +204,7 @@ def test_temperature_zero_is_transformers_greedy_search(name):
             pad_token_id=lm.tokenizer.pad_token_id,
         )[0].tolist()
         assert [list(t.prompt_ids + t.completion_ids) for t in drawn] == [wanted, wanted]
+        assert drawn[0].sampled_logps is not None and drawn[0].policy_logps is not None
         assert drawn[0].sampled_logps.tolist() == [0.0] * len(drawn[0])
         assert (drawn[0].policy_logps < 0).all()
 

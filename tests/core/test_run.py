@@ -100,13 +100,14 @@ def test_a_folder_with_a_run_and_a_finished_run(tmp_path):
     said: list[str] = []
     assert make_run(tmp_path, say=said.append).go(resume=True) == record
     assert said == [f"{tmp_path / 'run'} is finished; nothing to resume"]
-    for changes, named in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"objective": DPO(beta=0.1)}, "options.beta"),
         ({"config": config(lr=1e-5)}, "config.lr"),
         ({"lm": exact_lm(1)}, "start.weights"),
         ({"groups": data(exact_lm(), ROWS[1:] + ROWS[:1])}, "data"),
         ({"given": {"reference": exact_lm(2)}}, "given.reference"),
-    ):
+    ]
+    for changes, named in cases:
         with pytest.raises(ValueError, match=rf"was run with other (.*, )?{named}"):
             make_run(tmp_path, **changes).go(resume=True)
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before

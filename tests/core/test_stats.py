@@ -588,7 +588,8 @@ WIDE, CHUNK = 4000, 8
 
 @cache
 def wide(seed: int) -> LM:
-    config = transformers.LlamaConfig(**(_SIZES | {"vocab_size": WIDE}))
+    sizes: dict[str, Any] = _SIZES | {"vocab_size": WIDE}
+    config = transformers.LlamaConfig(**sizes)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return LM(transformers.LlamaForCausalLM(config).eval(), tiny.tokenizer())
@@ -664,12 +665,13 @@ def test_a_head_that_is_not_known_is_refused():
             out.logits = out.logits * 0.9
             return out
 
-    config = transformers.LlamaConfig(**(_SIZES | {"initializer_range": 1e-4}))  # tiny logits are no excuse
+    sizes: dict[str, Any] = _SIZES | {"initializer_range": 1e-4}
+    config = transformers.LlamaConfig(**sizes)  # tiny logits are no excuse
     lm = LM(Shifted(config).eval(), tiny.tokenizer())
     with pytest.raises(ValueError, match="Shifted changes its logits after the head in a way not known here"):
         token_stats({"policy": lm}, one_pack(), wants("logp"))
     with pytest.raises(ValueError, match="no backbone that runs without its head"):
-        Head(transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**(_SIZES | {"num_local_experts": 2}))))
+        Head(transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**_SIZES, num_local_experts=2)))
 
 
 def test_dropout_does_not_upset_the_check():

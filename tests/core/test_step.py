@@ -201,7 +201,7 @@ def test_unpaired_labels_and_the_mismatched_column():
 
 def test_only_emitted_tokens_are_learned():
     lm = exact_lm()
-    said = [
+    said: Any = [
         {"role": "assistant", "content": "The plot"},
         {"role": "user", "content": "and the acting?"},
         {"role": "assistant", "content": "was not."},
@@ -224,6 +224,7 @@ class Scales(nn.Module):
     """A learned weight a layer, at ten times the policy's rate; and how many batches it has seen."""
 
     lr_factor = 10.0
+    batches: Tensor
 
     def __init__(self, layers: int):
         super().__init__()
@@ -280,6 +281,7 @@ def test_a_state_is_trained_saved_and_resumed(tmp_path):
     half = probe_step()
     assert timeless(train(half, tmp_path / "half", settings, resume=True)) == timeless(history)
     assert largest_difference(weights(half), weights(whole)) == 0
+    assert isinstance(half.state, Scales) and isinstance(whole.state, Scales)
     assert int(half.state.batches) == int(whole.state.batches) == 4
 
 

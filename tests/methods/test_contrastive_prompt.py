@@ -1,5 +1,7 @@
 """The contrastive token reward: against plain forwards, its identities, its prompts and how they are cut, bad input."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -11,12 +13,12 @@ from tests.methods.one_pass import exact_lm
 from tests.methods.test_logratio import flat_logps
 
 LM = exact_lm(0)
-SHORT = {"better": "{question} Better than {draft}?", "worse": "{question} Worse than {draft}, much?"}
+SHORT: dict[str, Any] = {"better": "{question} Better than {draft}?", "worse": "{question} Worse than {draft}, much?"}
 TRACES = [LM.trace("how was the film", "great"), LM.trace("how was the film", "dull"), LM.trace("and now", "not great")]
 
 
 def score(traces=TRACES, questions=None, **options):
-    given = {"lm": LM} | (options if "axis" in options else SHORT | options)
+    given: dict[str, Any] = {"lm": LM} | (options if "axis" in options else SHORT | options)
     return ContrastivePrompt(**given).score(traces, questions)
 
 

@@ -1,5 +1,7 @@
 """The implicit token reward of two models: against the full logits, its identities, and bad input."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -19,7 +21,8 @@ TRACES = [trace for group in GROUPS for trace in group]
 
 
 def score(traces=TRACES, **options):
-    return LogRatio(**({"policy": POLICY, "reference": REFERENCE} | options)).score(traces)
+    given: dict[str, Any] = {"policy": POLICY, "reference": REFERENCE} | options
+    return LogRatio(**given).score(traces)
 
 
 def flat_logps(lm, trace):
@@ -85,7 +88,8 @@ def test_the_terminator_has_a_value():
 
 
 def test_missing_models():
-    for given, missing in (({}, "policy and reference"), ({"policy": POLICY}, "reference")):
+    cases: list[tuple[dict[str, Any], str]] = [({}, "policy and reference"), ({"policy": POLICY}, "reference")]
+    for given, missing in cases:
         with pytest.raises(ValueError, match=rf"LogRatio\({missing}=\.\.\.\)"):
             LogRatio(**given).score(TRACES)
     with pytest.raises(ValueError, match="beta"):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -215,9 +216,11 @@ def test_infinite_log_probs_raise_with_the_token(alpha):
 
 def test_options():
     for name in ("base", "weight", "token_reward", "scope"):
+        options: dict[str, Any] = {name: "other"}
         with pytest.raises(ValueError, match=f"{name}='other' is not one of"):
-            TReg(**{name: "other"})
-    for wrong in ({"beta": 0.0}, {"alpha": -0.1}):
+            TReg(**options)
+    wrongs: list[dict[str, Any]] = [{"beta": 0.0}, {"alpha": -0.1}]
+    for wrong in wrongs:
         with pytest.raises(ValueError, match=next(iter(wrong))):
             TReg(**wrong)
     assert (TReg().models, TReg(base="simpo").models) == (("reference",), ())

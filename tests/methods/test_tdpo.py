@@ -45,10 +45,10 @@ def test_by_hand():
 
 
 def test_where_gradients_stop():
-    values = [one(x).requires_grad_() for x in (1.5, -0.5, 2, 3)]
-    got = torch.autograd.grad(tdpo_logits(*values, 0.5, "tdpo1"), values)
+    u_w, u_l, d_w, d_l = values = [one(x).requires_grad_() for x in (1.5, -0.5, 2, 3)]
+    got = torch.autograd.grad(tdpo_logits(u_w, u_l, d_w, d_l, 0.5, "tdpo1"), values)
     assert [g.item() for g in got] == [1, -1, 1, -1]
-    got = torch.autograd.grad(tdpo_logits(*values, 0.5, "tdpo2"), values, allow_unused=True)
+    got = torch.autograd.grad(tdpo_logits(u_w, u_l, d_w, d_l, 0.5, "tdpo2"), values, allow_unused=True)
     assert got[2] is None and [g.item() for g in (got[0], got[1], got[3]) if g is not None] == [1, -1, -0.5]
 
 

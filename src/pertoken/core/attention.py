@@ -1,9 +1,9 @@
-"""Attention over packed rows that skips what the mask forbids.
+"""Masks of packed rows, and attention on the CPU that skips what they forbid.
 
-torch's SDPA multiplies every query with every key and masks afterwards: for four prompts in a row, or eight branches on a
-short trunk, most of that is thrown away. A `TreeMask` is the dense additive mask, and whatever reads it finds that; but
-`F.scaled_dot_product_attention` given one computes stretch by stretch: the trunk with its first branch as plain causal
-attention, each further branch against the trunk and itself.
+torch's SDPA multiplies every query with every key and masks afterwards: for four prompts in a row, or eight branches on
+a short trunk, most of that is thrown away. A `TreeMask` is the dense additive mask, and whatever reads it finds that;
+but `F.scaled_dot_product_attention` given one computes stretch by stretch: the trunk with its first branch as plain
+causal attention, each further branch against the trunk and itself.
 """
 
 from __future__ import annotations
@@ -14,6 +14,46 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+
+def attends(segment: Tensor, branch: Tensor, position: Tensor, q: Tensor, k: Tensor, window: int | None) -> Tensor:
+    """Whether column q of a row may look at column k: same stretch, not later, and k in the trunk or in q's branch.
+
+    Args:
+        segment, branch, position: of one row, shape (C,).
+        q, k: column indices, broadcastable.
+        window: sliding window by position, or None.
+    """
+    ok = (k <= q) & (segment[q] == segment[k]) & ((branch[k] == 0) | (branch[k] == branch[q]))
+    if window is not None:
+        ok = ok & (position[q] - position[k] < window)
+    return ok
+
+
+def additive_mask(
+    segment_RC: Tensor, branch_RC: Tensor, position_RC: Tensor, window: int | None, dtype: torch.dtype
+) -> Tensor:
+    """What SDPA and eager attention add to their scores, (R, 1, C, C): 0 where `attends`, else the least number."""
+    columns = torch.arange(segment_RC.shape[1], device=segment_RC.device)
+    rows = [
+        attends(s, b, t, columns[:, None], columns[None, :], window)
+        for s, b, t in zip(segment_RC, branch_RC, position_RC, strict=True)
+    ]
+    allowed = torch.stack(rows)[:, None]
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+    return mask.masked_fill_(~allowed, torch.finfo(dtype).min)
+
+
+def block_mask(segment_RC: Tensor, branch_RC: Tensor, position_RC: Tensor, window: int | None) -> Any:
+    """The same for FlexAttention."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return attends(segment_RC[b], branch_RC[b], position_RC[b], q, k, window)
+
+    rows, columns = segment_RC.shape
+    return create_block_mask(allowed, rows, None, columns, columns, device=segment_RC.device)
+
 
 Stretch = tuple[int, tuple[int, ...]]  # tokens of the trunk, and of each branch
 
@@ -71,38 +111,3 @@ def _by_piece(
             k, v = torch.cat((trunk_kv[0], k), 2), torch.cat((trunk_kv[1], v), 2)
             out.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options))
     return torch.cat(out, 2)
-
-
-def attends(segment: Tensor, branch: Tensor, position: Tensor, q: Tensor, k: Tensor, window: int | None) -> Tensor:
-    """Whether column q of a row may look at column k: same stretch, not later, and k in the trunk or in q's branch.
-
-    Args:
-        segment, branch, position: of one row, shape (C,).
-        q, k: column indices, broadcastable.
-        window: sliding window by position, or None.
-    """
-    ok = (k <= q) & (segment[q] == segment[k]) & ((branch[k] == 0) | (branch[k] == branch[q]))
-    if window is not None:
-        ok = ok & (position[q] - position[k] < window)
-    return ok
-
-
-def _additive_mask(p: Any, window: int | None, dtype: torch.dtype) -> Tensor:
-    columns = torch.arange(p.input_ids_RC.shape[1], device=p.input_ids_RC.device)
-    rows = [
-        attends(s, b, t, columns[:, None], columns[None, :], window)
-        for s, b, t in zip(p.segment_RC, p.branch_RC, p.position_ids_RC, strict=True)
-    ]
-    allowed = torch.stack(rows)[:, None]
-    mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
-    return mask.masked_fill_(~allowed, torch.finfo(dtype).min)
-
-
-def _block_mask(p: Any, window: int | None) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return attends(p.segment_RC[b], p.branch_RC[b], p.position_ids_RC[b], q, k, window)
-
-    rows, columns = p.input_ids_RC.shape
-    return create_block_mask(allowed, rows, None, columns, columns, device=p.input_ids_RC.device)

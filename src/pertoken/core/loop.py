@@ -125,8 +125,12 @@ class StepResult:
 class Step(Protocol):
     """What the loop trains."""
 
-    modules: Mapping[str, nn.Module]
     size: int
+
+    @property
+    def modules(self) -> Mapping[str, nn.Module]:
+        """What is trained and saved, by name."""
+        ...
 
     def run(self, rows: list[int], *, train: bool) -> StepResult:
         """Forward, and backward of the loss's sum if `train`, over rows of the data."""

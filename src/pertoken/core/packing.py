@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .attention import Stretch, TreeMask, _additive_mask, _block_mask
+from .attention import Stretch, TreeMask, additive_mask, block_mask
 from .trace import Trace
 
 log = logging.getLogger(__name__)
@@ -137,10 +137,12 @@ class Pack:
         if unknown:
             raise ValueError(f"no mask is known for layers of type {', '.join(sorted(unknown))}")
 
+        dtype, rows = next(model.parameters()).dtype, (self.segment_RC, self.branch_RC, self.position_ids_RC)
+
         def build(window: int | None) -> Any:
             if config._attn_implementation == "flex_attention":
-                return _block_mask(self, window)
-            mask = _additive_mask(self, window, next(model.parameters()).dtype)
+                return block_mask(*rows, window)
+            mask = additive_mask(*rows, window, dtype)
             return TreeMask.of(mask, self.stretches) if self.stretches and window is None and _skips(model) else mask
 
         mixed = "sliding_attention" in kinds and "full_attention" in kinds
@@ -254,8 +256,8 @@ def _layout(g: int, group: Sequence[Trace], cost: Cost, tree: str) -> list[_Stre
 
 
 def _fill(layouts: list[list[_Stretch]], max_tokens: int) -> list[list[_Stretch]]:
-    """Rows without padding, each one forward (first fit, the largest group first): as long as the largest group, so that
-    it alone says how much memory is needed, and at least so long that launching another forward costs little."""
+    """Rows without padding, each one forward (first fit, the largest group first): as long as the largest group, which
+    alone says how much memory is needed, and at least so long that launching another forward costs little."""
     sizes = [sum(s.size for s in stretches) for stretches in layouts]
     room = min(max_tokens, max([*sizes, _FULL]))
     rows: list[list[_Stretch]] = []
@@ -334,7 +336,7 @@ def _windows(config: Any) -> tuple[set[str], int | None]:
 
 
 def _skips(model: Any) -> bool:
-    """Whether a model's attention skips what a `TreeMask` forbids: where torch's SDPA, on the CPU, is handed the mask."""
+    """Whether a model's attention skips what a `TreeMask` forbids: on the CPU, where torch's SDPA is handed it."""
     return model.config.get_text_config()._attn_implementation == "sdpa" and model.device.type == "cpu"
 
 

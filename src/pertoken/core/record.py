@@ -72,12 +72,15 @@ def provenance(
     return json.loads(_shorten_home(canonical_json({**found, **(extra or {})})))
 
 
-def git_state(folder: str | Path = ".") -> dict[str, Any] | None:
-    """``{"commit", "dirty"}`` of the repository that `folder` lies in; None if there is none, no commit or no git."""
+def git_state(folder: str | Path = ".", of: Sequence[str] = ()) -> dict[str, Any] | None:
+    """``{"commit", "dirty"}`` of the repository that `folder` lies in; None if there is none, no commit or no git.
+
+    With `of`, only changes under these paths of the repository make it dirty.
+    """
     commit = _git(folder, "rev-parse", "HEAD")
     if commit is None:
         return None
-    changes = _git(folder, "status", "--porcelain")
+    changes = _git(folder, "status", "--porcelain", "--", *(f":/{path}" for path in of))
     return {"commit": commit, "dirty": changes is None or bool(changes)}
 
 

@@ -104,6 +104,7 @@ def sample(
     sampling = sampling or Sampling()
     if n < 1 or batch < 1 or seed < 0:
         raise ValueError(f"n={n}, batch={batch}, seed={seed}: n >= 1, batch >= 1 and seed >= 0 are needed")
+    ids: list[tuple[int, ...]]
     ids = [p if isinstance(p, tuple) and p and isinstance(p[0], int) else lm.encode_prompt(p, system) for p in prompts]  # type: ignore[arg-type]
     for i, prompt in enumerate(ids):
         if len(prompt) >= lm.context:

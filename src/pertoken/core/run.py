@@ -376,8 +376,8 @@ def describe(thing: Any) -> Any:
         return thing
     if isinstance(thing, Path):
         return str(thing)
-    if hasattr(thing, "tolist"):
-        return describe(thing.tolist())
+    if (tolist := getattr(thing, "tolist", None)) is not None:
+        return describe(tolist())
     if inspect.ismethod(thing):
         return [describe(thing.__func__), describe(thing.__self__)]
     if inspect.isfunction(thing):
