@@ -20,39 +20,34 @@ measured on the largest batch, in a step that is not timed. The same step says w
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
-import statistics
 import tempfile
-import time
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
-from torch.profiler import ProfilerActivity, profile
-from transformers import PrinterCallback, TrainerCallback
-from trl import DPOConfig, DPOTrainer
+import tyro
+from _pairs import by_size, draw_pairs, longest, random_pair
+from _profiled import Profiled
+from _trl import BETA, CLIP, RATE, Setting, Step, now, run_trl, same_ids
 
-from pertoken.core.data import Group, encode, load_examples
-from pertoken.core.examples import Example
-from pertoken.core.lm import LM, load
+from pertoken.core.data import Group
+from pertoken.core.lm import load
 from pertoken.core.loop import LoopConfig, apply_gradients, make_accelerator, make_optimizer
 from pertoken.core.packing import pack
-from pertoken.core.step import REFERENCE, ObjectiveStep
+from pertoken.core.run import add_reference_logps
+from pertoken.core.step import ObjectiveStep, recomputed_layers
+from pertoken.results import save_result
 from pertoken.train.dpo import DPO
 
-BETA, CLIP, WARM = 0.1, 1.0, 1
-CONFIG = LoopConfig(lr=1e-6)
-LONGEST = 640  # tokens of a sequence; longer pairs (3 % of HH) are left out, so that TRL's whole batch fits into memory
-# Deciles 0, 10 ... 100 of the tokens of HH's prompts, chosen and rejected responses under SmolLM2's template.
-HH = (
-    (31, 40, 45, 69, 96, 126, 153, 186, 234, 313, 500),
-    (2, 10, 15, 21, 27, 34, 44, 57, 75, 108, 140),
-    (2, 10, 15, 21, 27, 34, 44, 56, 71, 103, 140),
-)
+WARM = 1  # steps before the timed ones; one after them is profiled
+CONFIG = LoopConfig(lr=RATE)
 CURVE = ((256, 64), (64, 64), (32, 128))
 
 
@@ -78,123 +73,11 @@ class Options:
     """Write results/preference-step.json."""
 
 
-@dataclass(frozen=True)
-class Setting:
-    """How TRL runs: pairs a forward, and whether layers are computed again in backward."""
-
-    micro: int
-    recompute: bool
-
-    def __str__(self) -> str:
-        return (
-            f"{self.micro} pair{'s' * (self.micro > 1)} a forward, layers {'recomputed' if self.recompute else 'kept'}"
-        )
-
-
-@dataclass
-class Step:
-    """One optimiser step of either side; CPU seconds count all threads."""
-
-    seconds: float
-    cpu: float
-    loss: float
-    norm: float = float("nan")
-
-
-class Pretokenized(DPOTrainer):
-    """TRL's trainer on rows that hold token ids and reference log-probs already."""
-
-    losses: list[float]
-
-    def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
-        return dataset
-
-    def _precompute_ref_logps(self, dataset: Any, *_: Any) -> Any:
-        return dataset
-
-    def _compute_loss(self, *args: Any, **options: Any) -> Any:
-        loss = super()._compute_loss(*args, **options)
-        self.losses.append(float(loss.detach()))
-        return loss
-
-
-class Between(TrainerCallback):
-    """Times TRL's steps, each `around` something, and calls `after` between them."""
-
-    def __init__(self, trainer: Pretokenized, after: Callable[[int], None], around: Callable[[int], Any]):
-        self.trainer, self.after, self.around, self.steps = trainer, after, around, list[Step]()
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.losses = []
-        self.inside = self.around(len(self.steps))
-        self.inside.__enter__()
-        self.begin = now()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        seconds, cpu = (b - a for a, b in zip(self.begin, now()))
-        self.inside.__exit__(None, None, None)
-        self.steps.append(Step(seconds, cpu, statistics.fmean(self.trainer.losses)))
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
-        if "grad_norm" in logs:  # after on_step_end, outside of the time
-            self.steps[-1].norm = float(logs["grad_norm"])
-            self.after(len(self.steps) - 1)
-
-
-def run_trl(
-    groups: Sequence[Group],
-    options: Options,
-    setting: Setting,
-    after: Callable[[int], None] = lambda n: None,
-    around: Callable[[int], Any] = lambda n: contextlib.nullcontext(),
-) -> list[Step]:
-    """One pass of TRL over the groups in their order."""
-    rows = [
-        {
-            "prompt_ids": list(g.prompt_ids),
-            "chosen_ids": list(g.pair[0].completion_ids),
-            "rejected_ids": list(g.pair[1].completion_ids),
-            "ref_chosen_logps": float(g.columns[REFERENCE][0].sum()),
-            "ref_rejected_logps": float(g.columns[REFERENCE][1].sum()),
-        }
-        for g in groups
-    ]
-    with tempfile.TemporaryDirectory() as folder:
-        config = DPOConfig(
-            output_dir=folder,
-            per_device_train_batch_size=setting.micro,
-            gradient_accumulation_steps=options.batch // setting.micro,
-            gradient_checkpointing=setting.recompute,
-            num_train_epochs=1,
-            learning_rate=CONFIG.lr,
-            lr_scheduler_type="constant",
-            max_grad_norm=CLIP,
-            beta=BETA,
-            max_length=None,
-            precompute_ref_log_probs=True,
-            train_sampling_strategy="sequential",
-            use_cpu=options.device == "cpu",
-            bf16=False,  # the weights are in options.dtype already
-            logging_steps=1,
-            report_to="none",
-            save_strategy="no",
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-        )
-        lm = load("smollm2", dtype=options.dtype, device=options.device, attention="sdpa")
-        data = Dataset.from_list(rows)
-        trainer = Pretokenized(model=lm.model, args=config, train_dataset=data, processing_class=lm.tokenizer)
-        callback = Between(trainer, after, around)
-        trainer.add_callback(callback)
-        trainer.pop_callback(PrinterCallback)
-        trainer.train()
-    return callback.steps
-
-
 class Ours:
     """pertoken's step and update, as `loop.fit` runs them."""
 
-    def __init__(self, groups: Sequence[Group], options: Options):
+    def __init__(self, groups: Sequence[Group], options: Options, recompute: bool = False):
+        self.recompute = recompute
         lm = load("smollm2", dtype=options.dtype, device=options.device)
         self.accelerator = make_accelerator(CONFIG, tempfile.gettempdir())
         self.step = ObjectiveStep(DPO(beta=BETA), lm, groups, accelerator=self.accelerator)
@@ -203,125 +86,175 @@ class Ours:
     def __call__(self, rows: Sequence[int]) -> Step:
         begin = now()
         self.optimizer.zero_grad(set_to_none=True)
-        result = self.step.run(list(rows), train=True)
-        norm = apply_gradients(self.optimizer, self.accelerator, result.count, CONFIG.lr, CLIP)
+        with recomputed_layers(self.step.policy.causal) if self.recompute else contextlib.nullcontext():
+            result = self.step.run(list(rows), train=True)
+        norm = apply_gradients(self.optimizer, self.accelerator, result.count, RATE, CLIP)
         return Step(*(b - a for a, b in zip(begin, now())), result.means()["loss"], norm)
 
 
-def now() -> tuple[float, float]:
-    """Wall clock, and CPU time of all threads."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter(), time.process_time()
-
-
-class Profiled:
-    """What one step holds and where its time goes."""
-
-    PARTS = (
-        "layers: matrix products",
-        "layers: attention",
-        "layers: the rest",
-        "LM head and embedding",
-        "clipping and optimizer",
-    )
-
-    def __init__(self, gradients: int, device: str):
-        self.gradients, self.device = gradients, device
-        self.peak, self.parts = 0, dict.fromkeys(self.PARTS, 0.0)
-
-    @contextlib.contextmanager
-    def __call__(self) -> Iterator[None]:
-        if self.device != "cpu":
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            yield
-            self.peak = torch.cuda.max_memory_allocated() - before - self.gradients
-            return
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, record_shapes=True) as profiled:
-            yield
-        events = profiled.profiler.kineto_results.events()
-        held = np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()) if e.name() == "[memory]"])
-        self.peak = int(held.max()) - self.gradients  # they are made and freed inside the step
-        events = profiled.events()
-        done = max(e.time_range.end for e in events if e.name.startswith("autograd::engine"))
-        for event in events:
-            self.parts[self._part(event, done)] += event.self_cpu_time_total / 1e6
-
-    def _part(self, event: Any, backward_done: float) -> str:
-        sizes = [size for shape in event.input_shapes or [] if isinstance(shape, list) for size in shape]
-        if event.time_range.start > backward_done:
-            return "clipping and optimizer"
-        if any(isinstance(size, int) and size >= 16384 for size in sizes):
-            return "LM head and embedding"
-        if "attention" in event.name:
-            return "layers: attention"
-        return (
-            "layers: matrix products" if event.name in ("aten::mm", "aten::addmm", "aten::bmm") else "layers: the rest"
-        )
-
-
-def draw_pairs(options: Options, lm: LM, wanted: int) -> tuple[list[Group], str]:
-    """HH pairs, or generated ones of the same lengths, and what they are."""
-    rng = np.random.default_rng(options.seed)
-    folder = os.environ.get("PERTOKEN_DATA")
-    if not folder:
-        share = np.arange(0, 1.01, 0.1)
-        lengths = [tuple(int(np.interp(rng.random(), share, deciles)) for deciles in HH) for _ in range(wanted)]
-        return [random_pair(lm, rng, *n) for n in lengths], "generated pairs with the lengths of HH"
-    examples = [e for n in ("hh_helpful", "hh_harmless") for e in load_examples(f"{folder}/{n}", kind="pair")[0]]
-    groups, _ = encode([examples[i] for i in rng.permutation(len(examples))[: wanted + wanted // 4 + 8]], lm)
-    groups = [g for g in groups if longest(g) <= LONGEST][:wanted]
-    return groups, "pairs of HH (helpful and harmless)"
-
-
-def random_pair(lm: LM, rng: np.random.Generator, prompt: int, chosen: int, rejected: int) -> Group:
-    """Random ids of these lengths."""
-    ids = [rng.integers(100, 40000, n).tolist() for n in (prompt, chosen, rejected)]
-    traces = tuple(lm.trace_of_ids(ids[0], response) for response in ids[1:])
-    return Group(example=Example(prompt="?", responses=("!", ".")), prompt_ids=tuple(ids[0]), traces=traces)
-
-
-def longest(group: Group) -> int:
-    """Tokens of the longer of a pair's two sequences."""
-    return len(group.prompt_ids) + max(map(len, group.traces))
-
-
-def tokens(groups: Sequence[Group], options: Options, setting: Setting, ours: Ours) -> dict[str, int]:
-    """Positions that reach the layers, over all batches."""
-    count = Counter[str]()
+def positions(groups: Sequence[Group], options: Options, setting: Setting, ours: Ours) -> dict[str, int]:
+    """What both sides compute, over all batches. Without Triton, TRL's LM head runs on prompts and padding, too."""
+    layers, head, count = "positions in the layers", "positions in the LM head", Counter[str]()
     for start in range(0, len(groups), options.batch):
         batch = groups[start : start + options.batch]
         for at in range(0, len(batch), setting.micro):
             part = batch[at : at + setting.micro]
-            count["TRL, padded"] += 2 * len(part) * max(map(longest, part))
-        count["TRL, unpadded"] += sum(len(t.prompt_ids) + len(t) for g in batch for t in g.traces)
-        count["pertoken, unpadded"] += sum(len(g.prompt_ids) + sum(len(t) - 1 for t in g.traces) for g in batch)
-        count["pertoken, padded"] += sum(p.tokens for p in pack([g.traces for g in batch], cost=ours.step.cost))
+            count[f"TRL: {layers}, padded"] += 2 * len(part) * max(map(longest, part))
+        for g in batch:
+            lengths = [len(t) for t in g.traces]
+            count[f"TRL: {layers}, unpadded"] += 2 * len(g.prompt_ids) + sum(lengths)
+            count[f"pertoken: {layers}, unpadded"] += len(g.prompt_ids) + sum(lengths) - 2
+            count[f"pertoken: {head}"] += sum(lengths)
+        count[f"pertoken: {layers}, padded"] += sum(
+            p.tokens for p in pack([g.traces for g in batch], cost=ours.step.cost)
+        )
+    on_all = options.device == "cpu"
+    count[f"TRL: {head}"] = count[f"TRL: {layers}, padded"] if on_all else count[f"pertoken: {head}"]
     return dict(count)
 
 
-def same_ids(groups: Sequence[Group], lm: LM) -> str:
-    """Whether TRL makes the same ids of the same conversations."""
+@dataclass
+class Race:
+    """Steps of both sides on the same batches, the last one profiled."""
 
-    def turns(text: Any, role: str) -> list[dict[str, str]]:
-        return [{"role": role, "content": text}] if isinstance(text, str) else [dict(t) for t in text]
+    trl: list[Step]
+    ours: list[Step]
+    held: tuple[Profiled, Profiled]
+    count: dict[str, int]
 
+    @property
+    def ratios(self) -> np.ndarray:
+        """Seconds of TRL over ours, of the timed steps."""
+        return np.array([a.seconds / b.seconds for a, b in zip(self.trl, self.ours)])[WARM:-1]
+
+    def gap(self, name: str) -> float:
+        """The largest difference between both sides, over all steps; of norms, relative."""
+        pairs = [(getattr(a, name), getattr(b, name)) for a, b in zip(self.trl, self.ours)]
+        return max(abs(a - b) / (a if name == "norm" else 1.0) for a, b in pairs)
+
+
+def race(groups: Sequence[Group], options: Options, setting: Setting, recompute: bool = False) -> Race:
+    """One step of TRL, one of ours, and so on over the groups."""
+    ours, steps = Ours(groups, options, recompute), list[Step]()
+    gradients = sum(p.numel() * p.element_size() for p in ours.step.policy.model.parameters())
+    held = Profiled(gradients, options.device), Profiled(gradients, options.device)
+    last = len(groups) // options.batch - 1
+
+    def around(who: int, n: int) -> Any:
+        return held[who]() if n == last else contextlib.nullcontext()
+
+    def after(n: int) -> None:
+        with around(1, n):
+            steps.append(ours(range(n * options.batch, (n + 1) * options.batch)))
+
+    trl = run_trl(groups, setting, options.batch, options.dtype, options.device, after, lambda n: around(0, n))
+    return Race(trl, steps, held, positions(groups, options, setting, ours))
+
+
+def fastest(groups: Sequence[Group], options: Options) -> dict[Setting, float]:
+    """Seconds of a step of TRL's settings, on the batches of middle size."""
+    n, b = len(groups) // options.batch, options.batch
+    some = groups[(n // 2 - 1) * b : (n // 2 + 1) * b]
+    settings = [Setting(micro, again) for micro in (1, b) for again in (False, True)]
+    return {s: run_trl(some, s, b, options.dtype, options.device)[-1].seconds for s in settings}
+
+
+def main(options: Options) -> None:
+    """Measure, print, and write the result if asked to."""
+    torch.set_num_threads(options.threads)
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    steps = 3 if options.quick else options.steps
+    lm = load("smollm2", dtype=options.dtype, device=options.device)
+    wanted = (steps + WARM + 1) * options.batch
+    groups, what = draw_pairs(lm, options.pairs or wanted, options.seed)
+    add_reference_logps(groups, lm.as_reference())
+    groups = by_size((groups * wanted)[:wanted], options.batch)
+    load_before = os.getloadavg()[0]
+    print(f"{what}, {options.batch} a step; {options.threads} threads, load {load_before:.1f}")
+    if "HH (" in what:
+        print(f"ids as TRL makes them: {same_ids(groups[:64], lm)}; TRL is given ours")
+    pilot = {} if options.quick else fastest(groups, options)
+    for setting, seconds in pilot.items():
+        print(f"TRL, {setting}: {seconds:.2f} s")
+    setting = min(pilot, key=pilot.__getitem__) if pilot else Setting(1, False)
+    found = race(groups, options, setting)
+    print(f"\nTRL with {setting}\nstep   TRL s  ours s  ratio   TRL loss  ours loss  TRL norm  ours norm")
+    for n, (a, b) in enumerate(zip(found.trl, found.ours)):
+        note = " (warm-up)" if n < WARM else " (profiled)" if n == len(found.trl) - 1 else ""
+        print(
+            f"{n:4}{a.seconds:8.2f}{b.seconds:8.2f}{a.seconds / b.seconds:7.2f}{a.loss:11.5f}{b.loss:11.5f}"
+            f"{a.norm:10.4f}{b.norm:11.4f}{note}"
+        )
+    rng = np.random.default_rng(0)
+    medians = np.median(rng.choice(found.ratios, (10_000, len(found.ratios))), 1)
+    ratio, interval = float(np.median(found.ratios)), tuple(map(float, np.percentile(medians, (2.5, 97.5))))
+    memory = [h.peak / 2**20 for h in found.held]
+    print(
+        f"\nratio {ratio:.2f} {interval}, loss differs by {found.gap('loss'):.1e}, norm {found.gap('norm'):.1e} of it"
+    )
+    print(*(f"{name} {n}" for name, n in found.count.items()), sep="\n")
+    print(f"memory of the largest batch: {memory[0]:.0f} and {memory[1]:.0f} MiB, {memory[1] / memory[0]:.2f}")
+    for part in Profiled.PARTS:
+        print(f"{part:<26}{found.held[0].parts[part]:8.2f} s {found.held[1].parts[part]:8.2f} s")
+    rows = further(found, pilot, setting, memory)
+    if not options.quick:
+        again = race(groups[-2 * options.batch :], options, Setting(setting.micro, True), recompute=True)
+        held = [h.peak / 2**20 for h in again.held]
+        rows.append({"metric": "memory when both recompute layers (MiB)", "value": held[1], **versus(held[0])})
+        print(f"both recompute their layers: {held[0]:.0f} and {held[1]:.0f} MiB, {held[1] / held[0]:.2f}")
+    for prompt, response in CURVE if options.curve else ():
+        pairs = [random_pair(lm, rng, prompt, response, response) for _ in range(options.batch * (WARM + 4))]
+        add_reference_logps(pairs, lm.as_reference())
+        ratios = race(pairs, options, setting).ratios
+        name = f"time ratio on generated pairs, prompt {prompt}, responses {response}"
+        rows.append({"metric": name, "value": float(np.median(ratios)), "world": "random ids"})
+        print(f"{name}: {np.median(ratios):.2f}")
+    print(f"load {os.getloadavg()[0]:.1f}")
+    if options.json:
+        save_result(
+            "preference-step",
+            metric="time of TRL's DPO step / ours (median of pairs of steps; more is better)",
+            value=ratio,
+            interval=interval,
+            baseline=f"TRL {version('trl')}",
+            baseline_value=1.0,
+            bound="at least 2 at equal loss (1e-3), memory at most 0.7 of TRL's",
+            reached=ratio >= 2 and found.gap("loss") <= 1e-3 and memory[1] <= 0.7 * memory[0],
+            world=f"SmolLM2-135M, {options.dtype}, {options.batch} {what}, {options.device}, {options.threads} threads",
+            seeds=[options.seed],
+            notes=f"TRL's fastest setting: {setting}; interval: bootstrap over steps; the machine's load was "
+            f"{load_before:.1f} before and {os.getloadavg()[0]:.1f} after",
+            rows=rows,
+        )
+
+
+def versus(value: float) -> dict[str, Any]:
+    """The fields of a row that give TRL's figure."""
+    return {"baseline": f"TRL {version('trl')}", "baseline_value": value}
+
+
+def further(found: Race, pilot: dict[Setting, float], setting: Setting, memory: list[float]) -> list[dict[str, Any]]:
+    """The rows beside the main figure."""
+    timed = [steps[WARM:-1] for steps in (found.trl, found.ours)]
+    seconds, cpu = ([float(np.median([getattr(s, k) for s in side])) for side in timed] for k in ("seconds", "cpu"))
     rows = [
-        {
-            "prompt": turns(g.example.prompt, "user"),
-            **{k: turns(r, "assistant") for k, r in zip(("chosen", "rejected"), g.example.responses)},
-        }
-        for g in groups
+        {"metric": "seconds a step (median)", "value": seconds[1], **versus(seconds[0])},
+        {"metric": "CPU seconds a step (median)", "value": cpu[1], **versus(cpu[0])},
+        {"metric": "largest difference of the loss", "value": found.gap("loss")},
+        {"metric": "largest relative difference of the gradient norm", "value": found.gap("norm")},
+        {"metric": "memory above weights, gradients, optimizer state (MiB)", "value": memory[1], **versus(memory[0])},
     ]
-    with tempfile.TemporaryDirectory() as folder:
-        config = DPOConfig(output_dir=folder, use_cpu=True, bf16=False, max_length=None)
-        made = DPOTrainer._prepare_dataset(None, Dataset.from_list(rows), lm.tokenizer, config, "train")  # type: ignore
-    newline = lm.tokenizer.encode("\n", add_special_tokens=False)
-    exact = after_newline = 0
-    for row, group in zip(made, groups):
-        theirs = [row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]]
-        mine = [list(group.prompt_ids), *(list(t.completion_ids) for t in group.traces)]
-        exact += theirs == mine
-        after_newline += theirs == [mine[0], *(m + newline for m in mine[1:])]
-    return f"{exact} of {len(groups)} pairs, {after_newline} more but for the newline after the last turn"
+    for name in ("positions in the layers, padded", "positions in the layers, unpadded", "positions in the LM head"):
+        rows.append({"metric": name, "value": found.count[f"pertoken: {name}"], **versus(found.count[f"TRL: {name}"])})
+    for part in Profiled.PARTS:
+        trl, ours = (held.parts[part] for held in found.held)
+        rows.append({"metric": f"seconds of the largest batch in {part}", "value": ours, **versus(trl)})
+    for other, time in pilot.items():
+        chosen = " (raced)" if other == setting else ""
+        rows.append({"metric": f"seconds of TRL's step in the pilot, {other}{chosen}", "value": time})
+    return rows
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

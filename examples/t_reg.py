@@ -200,7 +200,7 @@ def _smollm2(out: Path) -> dict[str, Any]:
     from pertoken.worlds.sentiment import lexicon_truth
 
     lm = load("smollm2")
-    train, held_out, _ = sentiment_pairs(DemoOptions(pairs=200), lm, out, compound, print)
+    train, held_out, _ = sentiment_pairs(DemoOptions(pairs=200, held_out=60), lm, out, compound, print)
     truths = [lexicon_truth(t, lexicon_labels) for g in held_out for t in g.traces]
     return {
         "name": "sentiment world, SmolLM2-135M-Instruct (dequantised Q4_1)",

@@ -186,7 +186,7 @@ def _smollm2(out: Path) -> dict[str, Any]:
     from pertoken.score.vader import compound
 
     lm = load("smollm2")
-    train, held_out, _ = sentiment_pairs(DemoOptions(pairs=200), lm, out, compound, print)
+    train, held_out, _ = sentiment_pairs(DemoOptions(pairs=200, held_out=60), lm, out, compound, print)
     rows = [{"prompt": g.example.prompt, "completion": g.traces[0].text} for g in train]
     data = write_json(out / "chosen.json", rows)
     if not (out / "sft" / "results.json").exists():

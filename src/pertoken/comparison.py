@@ -16,7 +16,7 @@ from . import api, catalog
 from .core.compare import Arm, Outcome, check_arms, compare
 from .core.credit import Credit
 from .core.data import Group
-from .core.evaluate import mean_interval, pair_margins, seeds_interval, sequence_kl
+from .core.evaluate import mean_interval, seeds_interval, sequence_kl
 from .core.lm import LM, load
 from .core.loop import LoopConfig
 from .core.record import provenance, write_json
@@ -59,8 +59,13 @@ class Evaluation:
         """Figures as JSON values; per-item lists where an interval is wanted."""
         out: dict[str, Any] = {}
         scorer = catalog.method("logratio")(policy=lm, reference=reference, beta=self.beta)
-        if self.held_out:
-            out["correct"] = [float(m > 0) for m in pair_margins(lm, reference, self.held_out)]
+        if self.held_out and lm is not reference:  # an untouched model has log-ratio 0 everywhere
+            credits = scorer.score([t for g in self.held_out for t in g.traces])
+            sums = np.reshape([c.reduce("sum") for c in credits], (len(self.held_out), -1))
+            out["correct"] = [float(chosen > rejected) for chosen, rejected in sums]
+            if self.quality:
+                found = self.quality(credits, self.truths)
+                out |= {k: float(v) for k, v in found.items() if not (isinstance(v, float) and math.isnan(v))}
         if self.prompts:
             drawn = sample(lm, list(self.prompts), self.samples, self.sampling, seed=1000 + seed)
             traces = [t for group in drawn for t in group]
@@ -68,13 +73,10 @@ class Evaluation:
                 scores = [self.reward(t.text) for t in traces]
                 # Samples of one prompt are alike, so a prompt is the item whose mean is resampled.
                 out["reward"] = [float(v) for v in np.reshape(scores, (-1, self.samples)).mean(1)]
-            out["kl"] = [float(v) for v in sequence_kl(lm, reference, traces)]
+            if lm is not reference:
+                out["kl"] = [float(v) for v in sequence_kl(lm, reference, [group[0] for group in drawn])]
             out["distinct"] = distinct_share(traces)
             out["examples"] = [t.text for t in traces[:8]]
-        if self.quality:
-            credits = scorer.score([t for g in self.held_out for t in g.traces])
-            found = self.quality(credits, self.truths)
-            out |= {k: float(v) for k, v in found.items() if not (isinstance(v, float) and math.isnan(v))}
         out["credits"] = [c.to_json() for c in scorer.score(list(self.shown))] if self.shown else []
         return out
 
@@ -120,8 +122,6 @@ def summary_rows(outcomes: Sequence[Outcome], untouched: Mapping[str, Any] | Non
 
 def _row(name: str, figures: Sequence[Mapping[str, Any]], note: str) -> dict[str, Any]:
     cells = {c.key: interval([f.get(c.key) for f in figures]) for c in COLUMNS}
-    if name == UNTOUCHED:  # it is its own reference: these are 0 and chance by definition
-        cells |= {key: None for key in ("kl", "correct", "auc", "gap", "d_prime")}
     return {"name": name, "note": note, **cells}
 
 

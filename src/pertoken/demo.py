@@ -44,8 +44,10 @@ class DemoOptions:
     """Output folder; the same command goes on where it was stopped."""
     model: str = "smollm2"
     """Model to align: smollm2 (embedded), a folder or a Hub id."""
-    pairs: int = 96
-    """Preference pairs to sample at most."""
+    pairs: int = 80
+    """Training prompts, each of which gives a preference pair if its samples differ enough."""
+    held_out: int = 20
+    """Held-out prompts whose pairs measure accuracy and credit (fresh samples use all held-out prompts)."""
     samples: int = 4
     """Completions a prompt, of which the best and the worst make the pair."""
     tokens: int = 24
@@ -149,7 +151,7 @@ def sentiment_pairs(
 ) -> tuple[list[Group], list[Group], dict[str, int]]:
     """Pairs on training and on held-out prompts, sampled once and kept as a stage (as traces, so ids are the truth)."""
     prompts = sentiment.prompts()
-    sides = {"train": prompts["train"][: options.pairs], "test": prompts["test"]}
+    sides = {"train": prompts["train"][: options.pairs], "test": prompts["test"][: options.held_out]}
     sampling = Sampling(max_new_tokens=options.tokens)
 
     def make(folder: Path) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -82,12 +83,8 @@ def scenario_plain(out: Path, name: str, objective: Any, batch: int = 4, **optio
 def scenario_interrupted(out: Path, name: str, objective: Any, **options: Any) -> None:
     """Stopped before the fourth update, continued in new objects."""
     accelerator = make_accelerator(SETTINGS, out / name)
-    try:
+    with pytest.raises(KeyboardInterrupt):
         train(step(accelerator, objective, after=3, **options), out / name, SETTINGS, accelerator=accelerator)
-    except KeyboardInterrupt:
-        pass
-    else:
-        raise AssertionError("not interrupted")
     accelerator.wait_for_everyone()
     torch.manual_seed(1)
     made = step(accelerator, objective, **options)

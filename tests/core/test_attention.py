@@ -28,7 +28,8 @@ def dense(stretches, dtype: torch.dtype = torch.float64) -> Tensor:
     for trunk, lengths in stretches:
         branch += [0] * trunk + [b for b, n in enumerate(lengths, start=1) for _ in range(n)]
         position += [*range(trunk), *(trunk + i for n in lengths for i in range(n))]
-    return additive_mask(*(torch.tensor([x]) for x in (segment, branch, position)), None, dtype)
+    s, b, t = (torch.tensor([x]) for x in (segment, branch, position))
+    return additive_mask(s, b, t, None, dtype)
 
 
 def attention(mask: Tensor, scale: float | None = None) -> list[Tensor]:

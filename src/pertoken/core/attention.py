@@ -92,7 +92,10 @@ class TreeMask(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             mask = options.get("attn_mask")
             if func is F.scaled_dot_product_attention and isinstance(mask, TreeMask) and len(args) == 3:
-                return _by_piece(*args, mask.pieces, **{k: v for k, v in options.items() if k != "attn_mask"})
+                query, key, value = args
+                return _by_piece(
+                    query, key, value, mask.pieces, **{k: v for k, v in options.items() if k != "attn_mask"}
+                )
             return func(*args, **options)
 
 
