@@ -333,3 +333,12 @@ def test_a_broken_model_is_told():
         lm.causal.get_input_embeddings().weight[300] = torch.nan
     with pytest.raises(ValueError, match="after prompt 1 are not finite"):
         sample(lm, prompts, 2)
+
+
+def test_flex_attention_is_put_aside_while_decoding():
+    lm = tiny.lm(dtype=torch.float32)
+    expected = sample(lm, ["how was it"], 2, Sampling(max_new_tokens=4), seed=1)
+    lm.causal.set_attn_implementation("flex_attention")
+    found = sample(lm, ["how was it"], 2, Sampling(max_new_tokens=4), seed=1)
+    assert lm.causal.config._attn_implementation == "flex_attention"
+    assert [t.completion_ids for t in found[0]] == [t.completion_ids for t in expected[0]]

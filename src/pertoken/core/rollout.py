@@ -7,9 +7,11 @@ on what else is in the batch or on when others stop.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -135,6 +137,20 @@ class _Running:
     position: Tensor
 
 
+@contextlib.contextmanager
+def _decoding(causal: Any) -> Iterator[None]:
+    """FlexAttention is for packed rows; one query against a cache that grows would have it compiled anew each token."""
+    was = causal.config._attn_implementation
+    if was != "flex_attention":
+        yield
+        return
+    causal.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        causal.set_attn_implementation(was)
+
+
 def _sample_batch(
     lm: LM, prompts: list[tuple[int, ...]], places: list[int], n: int, sampling: Sampling, seed: int
 ) -> Iterator[list[Trace]]:
@@ -152,7 +168,7 @@ def _sample_batch(
     tokens: list[list[int]] = [[] for _ in range(total)]
     logps = [([], []) for _ in range(total)]  # under the sampling distribution, under the policy
     ended = [False] * total
-    with lm.active() as causal, evaluating(causal):
+    with lm.active() as causal, evaluating(causal), _decoding(causal):
         head, cache = Head(causal), DynamicCache(config=causal.config)
         stops = [i for i in lm.stop_ids if i < head.vocabulary]  # a generation config may name ids that are not there
         positions = (attention.cumsum(1) - 1).clamp(min=0)
