@@ -1,14 +1,18 @@
-"""What one step of preference_step.py holds in memory, and where its time goes."""
+"""What preference_step.py found: two sides, step by step; what one step holds in memory, and where its time goes."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from _trl import Step
 from torch.profiler import ProfilerActivity, profile
+
+WARM = 1  # steps before the timed ones; one after them is profiled
 
 
 class Profiled:
@@ -61,3 +65,23 @@ class Profiled:
         return (
             "layers: matrix products" if event.name in ("aten::mm", "aten::addmm", "aten::bmm") else "layers: the rest"
         )
+
+
+@dataclass
+class Race:
+    """Steps of both sides on the same batches, the last one profiled."""
+
+    trl: list[Step]
+    ours: list[Step]
+    held: tuple[Profiled, Profiled]
+    count: dict[str, int]
+
+    @property
+    def ratios(self) -> np.ndarray:
+        """Seconds of TRL over ours, of the timed steps."""
+        return np.array([a.seconds / b.seconds for a, b in zip(self.trl, self.ours)])[WARM:-1]
+
+    def gap(self, name: str) -> float:
+        """The largest difference between both sides, over all steps; of norms, relative."""
+        pairs = [(getattr(a, name), getattr(b, name)) for a, b in zip(self.trl, self.ours)]
+        return max(abs(a - b) / (a if name == "norm" else 1.0) for a, b in pairs)

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 import tyro
 from _pairs import by_size, draw_pairs, longest, random_pair
-from _profiled import Profiled
+from _profiled import WARM, Profiled, Race
 from _trl import BETA, CLIP, RATE, Setting, Step, now, run_trl, same_ids
 
 from pertoken.core.data import Group
@@ -46,7 +46,6 @@ from pertoken.core.step import ObjectiveStep, recomputed_layers
 from pertoken.results import save_result
 from pertoken.train.dpo import DPO
 
-WARM = 1  # steps before the timed ones; one after them is profiled
 CONFIG = LoopConfig(lr=RATE)
 CURVE = ((256, 64), (64, 64), (32, 128))
 
@@ -111,26 +110,6 @@ def positions(groups: Sequence[Group], options: Options, setting: Setting, ours:
     on_all = options.device == "cpu"
     count[f"TRL: {head}"] = count[f"TRL: {layers}, padded"] if on_all else count[f"pertoken: {head}"]
     return dict(count)
-
-
-@dataclass
-class Race:
-    """Steps of both sides on the same batches, the last one profiled."""
-
-    trl: list[Step]
-    ours: list[Step]
-    held: tuple[Profiled, Profiled]
-    count: dict[str, int]
-
-    @property
-    def ratios(self) -> np.ndarray:
-        """Seconds of TRL over ours, of the timed steps."""
-        return np.array([a.seconds / b.seconds for a, b in zip(self.trl, self.ours)])[WARM:-1]
-
-    def gap(self, name: str) -> float:
-        """The largest difference between both sides, over all steps; of norms, relative."""
-        pairs = [(getattr(a, name), getattr(b, name)) for a, b in zip(self.trl, self.ours)]
-        return max(abs(a - b) / (a if name == "norm" else 1.0) for a, b in pairs)
 
 
 def race(groups: Sequence[Group], options: Options, setting: Setting, recompute: bool = False) -> Race:
