@@ -11,7 +11,7 @@ from pertoken.core.data import Group, encode, load_examples
 from pertoken.core.examples import Example
 from pertoken.core.lm import LM
 
-LONGEST = 640  # tokens of a sequence; longer pairs (3 % of HH) are left out, so that TRL's whole batch fits into memory
+LONGEST = 640  # tokens of a sequence; longer pairs (2 % of HH) are left out, so that TRL's whole batch fits into memory
 # Deciles 0, 10 ... 100 of the tokens of HH's prompts, chosen and rejected responses under SmolLM2's template.
 HH = (
     (31, 40, 45, 69, 96, 126, 153, 186, 234, 313, 500),

@@ -100,6 +100,7 @@ def test_score_saves_and_view_draws(tmp_path, model, data, capsys):
 def test_compare_ends_with_a_report(tmp_path, model, data, capsys):
     words = ["compare", "train", "dpo", "soft=dpo", "--set", "soft.label_smoothing=0.2", "--data", data]
     options = ["--model", model, "--steps", "2", "--batch-size", "4", "--seeds", "1", "2", "--sample-tokens", "4"]
+    options += ["--reward", "vader"]  # so that the report has its frontier
     assert main([*words, *options, "--out", str(tmp_path / "c")]) == 0
     report = capsys.readouterr().out.strip().splitlines()[-1]
     assert "soft" in Path(report).read_text("utf8")

@@ -136,14 +136,20 @@ def comparison_sections(
     words = {"how": how or f"One row a method; the bar around a dot is its 95 % interval ({basis})."}
     sections: list[Section] = [Table(title=title, columns=columns, rows=rows, **words)]
     points = [
-        Point(row["name"], row["kl"].value, row["reward"].value, _bounds(row["kl"]), _bounds(row["reward"]))
+        Point(
+            name=row["name"],
+            x=row["kl"].value,
+            y=row["reward"].value,
+            x_interval=_bounds(row["kl"]),
+            y_interval=_bounds(row["reward"]),
+        )
         for row in rows
         if row["kl"] is not None and row["reward"] is not None
     ]
     if points:
         start = next((row["reward"] for row in rows if row["name"] == UNTOUCHED), None)
         if start is not None:
-            points.insert(0, Point(UNTOUCHED, 0.0, start.value, None, _bounds(start)))
+            points.insert(0, Point(name=UNTOUCHED, x=0.0, y=start.value, y_interval=_bounds(start)))
         label = "KL to the reference (nats a response)"
         sections.append(Frontier(title=f"{title}: reward against KL", points=points, x_label=label))
     panels = {}
