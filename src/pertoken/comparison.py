@@ -172,7 +172,9 @@ def credit_section(
     outcomes: Sequence[Outcome], before: Sequence[Sequence[Credit]] = (), titles: Sequence[str] = ()
 ) -> Section:
     """The same held-out answers under each method: r_t = beta * log-ratio, with other credit (`before`) above them."""
-    first = {o.arm: o for o in reversed(outcomes)}
+    first: dict[str, Outcome] = {}
+    for outcome in outcomes:
+        first.setdefault(outcome.arm, outcome)
     loaded = {arm: [Credit.from_json(c) for c in o.figures["credits"]] for arm, o in first.items()}
     count = min((len(v) for v in loaded.values()), default=0)
     groups, names = [], []

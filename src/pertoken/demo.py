@@ -73,8 +73,13 @@ def demo(options: DemoOptions, *, say: Say) -> Path:
         say(f"{out} is finished; its report is below (choose another folder with --out to run it again)")
         return out / "report.html"
     out.mkdir(parents=True, exist_ok=True)
-    real, grammar = _smollm2(options, out, say), _grammar(options, out, say)
-    seconds = time.perf_counter() - clock
+    spent = out / "seconds.json"  # an interrupted demo goes on, and says what all of it took
+    before = float(read_json(spent)) if spent.exists() else 0.0
+    try:
+        real, grammar = _smollm2(options, out, say), _grammar(options, out, say)
+    finally:
+        seconds = before + time.perf_counter() - clock
+        write_json(spent, seconds)
     record = {
         "options": dataclasses.asdict(options),
         "sentiment": real["record"],
@@ -195,7 +200,7 @@ def _grammar(options: DemoOptions, out: Path, say: Say) -> dict[str, Any]:
     from .score.contrastive_prompt import ContrastivePrompt
 
     say("the grammar world: training its small language models (cached)")
-    world = grammar_pairs("lexicon64", n_train=400, n_held_out=200)
+    world = grammar_pairs("lexicon64", n_train=480, n_held_out=200)
     arms = _arms(options.alpha, {"scorer": ContrastivePrompt(policies=class_conditional("lexicon64"))})
     evaluation = Evaluation(
         held_out=world.held_out,
@@ -212,7 +217,7 @@ def _grammar(options: DemoOptions, out: Path, say: Say) -> dict[str, Any]:
         world.policy,
         world.train,
         world.held_out,
-        LoopConfig(lr=5e-4, batch_size=16, epochs=2),
+        LoopConfig(lr=5e-4, batch_size=16, steps=120),  # as examples/t_reg.py
         out / "grammar",
         seeds=options.seeds,
         resolve=catalog.method,
