@@ -120,6 +120,8 @@ def _cell(value: Any, digits: int, column: Sequence[Any]) -> str:
     if not isinstance(value, Interval):
         return f'<span class="pt-val">{_figure(value, digits)}</span>'
     text = f'<span class="pt-val">{_figure(value.value, digits)}</span>'
+    if math.isnan(value.low) and math.isnan(value.high) and not math.isnan(value.value):
+        return text  # one run and one number: it has no interval
     text += f'<span class="pt-ci">{_figure(value.low, digits)} to {_figure(value.high, digits)}</span>'
     if not _drawable(value):
         return text
