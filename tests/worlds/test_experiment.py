@@ -1,5 +1,7 @@
 """Pairs of a world keep the ids that were sampled; skipped prompts are counted."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -22,11 +24,22 @@ def test_best_and_worst_are_the_sampled_ids():
         assert group.example.scores == tuple(float(len(t.text)) for t in group.traces)
 
 
-def test_prompts_without_a_pair_are_counted():
+def test_what_gives_no_pair_is_counted_and_the_first_of_equals_wins():
     lm = tiny.lm()
-    same = lm.trace("a", "b")
-    groups, skipped = best_and_worst([[same, same], [same, lm.trace("a", "c")]], lambda text: 0.0, 0.1, "tiny")
-    assert groups == [] and skipped == {"fewer than two different": 1, "margin": 1}
+    drawn = [
+        [lm.trace("a", text) for text in ("fine", "good", "bad", "well", "poor")],
+        [lm.trace("a", "good"), lm.trace("a", "good")],
+        [lm.trace("a", "good"), lm.trace("a", "well")],  # equal scores
+        [lm.trace("a", "good"), lm.trace("a", "fine")],  # closer than the margin
+        [lm.trace("a", "nan"), lm.trace("a", " "), lm.trace("a", "good")],
+        [],
+    ]
+    score = {"good": 1.0, "well": 1.0, "fine": 0.5, "bad": -1.0, "poor": -1.0, "nan": math.nan}
+    groups, lost = best_and_worst(drawn, lambda text: score[text.strip()], 1.0, "tiny")
+    assert [(g.example.responses, g.example.scores) for g in groups] == [(("good", "bad"), (1.0, -1.0))]
+    assert lost == {"empty": 1, "score not finite": 1, "fewer than two different": 3, "margin": 2}
+    equal = best_and_worst(drawn[2:4], lambda text: score[text.strip()], 0.0, "tiny")
+    assert len(equal[0]) == 1 and equal[1]["margin"] == 1  # a margin of 0 pairs 1.0 with 0.5, never equals
 
 
 @pytest.mark.parametrize("ended", [True, False])

@@ -1,7 +1,6 @@
 """The grammar worlds: known credit by hand, the language's own probabilities, its tokenizer, its small LM and pairs."""
 
 import dataclasses
-import itertools
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pertoken.worlds._tiny_lm import cached_folder
-from pertoken.worlds.grammar import GRAMMARS, Grammar, preference_pairs, prompts, to_text, token_truth, train_lm
+from pertoken.worlds.grammar import GRAMMARS, Grammar, prompts, to_text, train_lm
 
 REVIEWS, LEXICON64 = GRAMMARS["reviews"], GRAMMARS["lexicon64"]
 TOY = Grammar(  # eight texts a prompt at most: small enough to enumerate
@@ -126,13 +125,6 @@ def test_text_and_ids_round_trip(grammar):
     assert special == [0, 1, 2, 3] and tokenizer.chat_template is None
 
 
-def test_token_truth(grammar):
-    for review in drawn(grammar, 20):
-        truth = token_truth(grammar, to_text(review.completion))
-        assert truth.tolist() == [*grammar.credit(review.completion), 0.0]
-    assert len(token_truth(grammar, to_text(review.completion), eos=False)) == len(truth) - 1
-
-
 def test_lexicon64_is_the_language_of_its_specification():
     assert len(LEXICON64.vocabulary) == 64
     assert {len(review.completion) + 1 for review in drawn(LEXICON64, 100)} == {24}  # with <eos>
@@ -216,34 +208,3 @@ def test_the_folder_loads_as_any_model_and_training_learns(tmp_path):
         gaps.append(TOY.logprob(prompt, completion) - logp_T.sum().item())
     # Nats a completion above the language's own entropy: about 7 for a uniform model, 0 for a perfect one.
     assert -0.1 < np.mean(gaps) < 0.5
-
-
-def test_preference_pairs_margins_and_skips():
-    score = REVIEWS.score
-    asked = ["p1", "p2", "p3", "p4", "p5"]
-    completions = [
-        [" fine .", " good .", " bad .", " poor .", " nice ."],  # best and worst; the first of equals
-        [" good .", " good ."],
-        [" good .", " fine ."],  # gap 0.5
-        ["", "  ", " good ."],
-        [" not good .", " superb ."],
-    ]
-    pairs, skipped = preference_pairs(asked, completions, score, 1.0)
-    pair = {"prompt": "p1", "chosen": " good .", "rejected": " bad .", "score_chosen": 1.0, "score_rejected": -1.0}
-    assert pairs[0] == pair and [p["prompt"] for p in pairs] == ["p1", "p5"]
-    assert skipped == {"identical": 2, "not_finite": 0, "margin": 1}
-    assert preference_pairs(asked, completions, score, 0.5)[1]["margin"] == 0  # a gap equal to the margin is enough
-    assert (
-        preference_pairs(["p"], [[" nice .", " good ."]], score, 0.0)[1]["margin"] == 1
-    )  # equal scores: no preference
-    assert preference_pairs(["p"], [["a", "b"]], lambda t: math.nan, 0.0)[1]["not_finite"] == 1
-    with pytest.raises(ValueError):
-        preference_pairs(["p", "q"], [["a", "b"]], score, 0.0)
-
-
-def test_pairs_from_the_language_itself_are_plenty():
-    groups = itertools.groupby(sorted(drawn(REVIEWS, 3000, 5)), key=lambda review: review.prompt)
-    rows = [(to_text(p), [to_text(r.completion) for r in group]) for p, group in groups]
-    pairs, skipped = preference_pairs([p for p, _ in rows], [c for _, c in rows], REVIEWS.score, 1.0)
-    assert len(pairs) > 0.8 * len(rows) and len(pairs) + sum(skipped.values()) == len(rows)
-    assert all(p["score_chosen"] == REVIEWS.score(p["chosen"]) >= p["score_rejected"] + 1 for p in pairs)

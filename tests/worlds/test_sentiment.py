@@ -19,11 +19,6 @@ def cut(*pieces, **given: Any):
     return Trace(completion_ids=tuple(range(len(data))), completion_pieces=data, **options)
 
 
-def reward(text):
-    """+1 for every "yes", -1 for every "no"; nan if asked for."""
-    return math.nan if "nan" in text else float(text.count("yes") - text.count("no"))
-
-
 def labels(text):
     data = text.encode("utf-8", "surrogateescape")
     found = [(data.find(w), data.find(w) + len(w), s) for w, s in ((b"yes", 1), (b"no", -1))]
@@ -44,33 +39,6 @@ def test_prompts_carry_no_sentiment():
     pytest.importorskip("vaderSentiment", reason="pip install 'pertoken[sentiment]'")
     split = sentiment.prompts()
     assert [p for p in split["train"] + split["test"] if vader.lexicon_labels(p)] == []
-
-
-def test_pairs_take_best_and_worst_and_count_what_they_leave_out():
-    best, worst = cut("yes", " yes"), cut("no")
-    groups = [
-        [cut("yes"), worst, best],
-        [cut("a"), cut("b")],  # equal scores
-        [cut("yes"), cut(" ", b"", ended=True)],  # one empty
-        [cut("nan"), cut("no")],
-        [],
-    ]
-    rows, report = sentiment.pairs(groups, reward, margin=0.5)
-    (row,) = rows
-    assert row["chosen_trace"] is best and row["rejected_trace"] is worst
-    assert (row["prompt"], row["chosen"], row["rejected"]) == ("How was it?", "yes yes", "no")
-    assert (row["score_chosen"], row["score_rejected"]) == (2.0, -1.0)
-    assert report["skipped"] == {"scores closer than the margin": 1, "fewer than two samples": 3}
-    assert report["dropped"] == {"empty": 1, "score not finite": 1}
-    assert (report["prompts"], report["pairs"], report["mean_score"]) == (5, 1, pytest.approx(2 / 7))
-
-
-def test_pairs_margin_zero_never_pairs_equals_and_prompts_can_be_given():
-    assert sentiment.pairs([[cut("a"), cut("a")]], reward, margin=0.0)[0] == []
-    rows, _ = sentiment.pairs([[cut("yes"), cut("no")]], reward, prompts=["As written?"])
-    assert rows[0]["prompt"] == "As written?"
-    with pytest.raises(ValueError, match="2 prompts for 1 groups"):
-        sentiment.pairs([[cut("yes")]], reward, prompts=["a", "b"])
 
 
 def test_truth_marks_the_tokens_of_a_word():

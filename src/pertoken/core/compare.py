@@ -14,10 +14,11 @@ from typing import Any
 
 from .cache import ArrayCache
 from .data import Group
+from .describe import describe
 from .lm import LM, load
 from .loop import RESULT, LoopConfig
 from .record import read_json, write_json
-from .run import Run, describe
+from .run import Run
 
 Evaluate = Callable[[LM, LM, int], dict[str, Any]]
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from .adapters import add_lora
 from .bytes import byte_view
 from .cache import cache_folder
 from .trace import Trace
@@ -205,9 +206,12 @@ class LM:
         lora = hasattr(self.model, "disable_adapter")
         return LM(self.model, self.tokenizer, name=self.name, note=self.note, template=self.template, adapter_off=lora)
 
-    def clone(self) -> LM:
-        """An independent copy, trainable as this one is."""
+    def clone(self, *, lora: int | None = None) -> LM:
+        """An independent copy, trainable as this one is, or, with `lora`, by a fresh adapter of that rank (unless this
+        model has one already)."""
         model = copy.deepcopy(self.model)
+        if lora and not hasattr(model, "disable_adapter"):
+            model = add_lora(model, lora)
         return LM(model, self.tokenizer, name=self.name, note=self.note, template=self.template)
 
     def identity(self) -> dict[str, Any]:
@@ -241,7 +245,7 @@ class LM:
     def save(self, folder: str | Path) -> Path:
         """Model (or adapter) and tokenizer as a folder that `load` and transformers read."""
         folder = Path(folder)
-        with _quiet():
+        with quiet():
             self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         return folder
@@ -300,7 +304,7 @@ def load(
     base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else path
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
-        with _quiet():
+        with quiet():
             tokenizer = AutoTokenizer.from_pretrained(path, **options)
             model: Any = AutoModelForCausalLM.from_pretrained(
                 base, dtype=_DTYPES[dtype], attn_implementation=attention, **options
@@ -314,19 +318,13 @@ def load(
 
         model = PeftModel.from_pretrained(model, path, is_trainable=True)
     elif lora:
-        from peft import LoraConfig, get_peft_model
-
-        with torch.random.fork_rng():  # always the same adapter: a resumed run, and each process, starts from it
-            torch.manual_seed(0)
-            model = get_peft_model(
-                model, LoraConfig(r=lora, lora_alpha=2 * lora, target_modules="all-linear", task_type="CAUSAL_LM")
-            )
+        model = add_lora(model, lora)
     model.to(device).eval()  # eval: dropout off, so that packed equals flat; gradients flow all the same
     return LM(model, tokenizer, name=str(source), note=note, template=template)
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """transformers' own bars are off inside: a load is one step of ours."""
     from transformers.utils import logging
 

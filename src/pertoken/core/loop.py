@@ -281,9 +281,13 @@ def make_accelerator(config: LoopConfig, out: Path) -> Any:
 
 
 def make_optimizer(modules: Mapping[str, nn.Module], config: LoopConfig) -> torch.optim.Optimizer:
-    """One parameter group a module; a module with an attribute ``lr_factor`` learns at that multiple of the rate."""
-    groups = []
+    """One parameter group a module; a module with an attribute ``lr_factor`` learns at that multiple of the rate, one
+    with ``parameter_groups()`` says its own (lists of parameters, with ``lr_factor`` and ``weight_decay``)."""
+    groups: list[dict[str, Any]] = []
     for module in modules.values():
+        if hasattr(module, "parameter_groups"):
+            groups += module.parameter_groups()  # type: ignore[operator]
+            continue
         trained = [p for p in module.parameters() if p.requires_grad]
         if trained:
             groups.append({"params": trained, "lr_factor": float(getattr(module, "lr_factor", 1.0))})

@@ -30,12 +30,15 @@ class Batch:
         columns: per-token columns (N, T) and per-completion columns (N,), by name, as `prepare` and the data gave them.
         label_N: desirable (True) or not, for unpaired data; None for pairs.
         rows: for each completion, the row of its example in the data (to name it in an error).
+        counts: False where a process has no row of its own in a last, short batch and computes one without weight:
+            what an objective shares over processes leaves it out.
     """
 
     pairs_B2: Tensor | None
     columns: Mapping[str, Tensor] = field(default_factory=dict)
     label_N: Tensor | None = None
     rows: tuple[int, ...] = ()
+    counts: bool = True
 
     @property
     def chosen(self) -> Tensor:
@@ -83,8 +86,12 @@ class Objective(Protocol):
 
     ``data`` is ``pairs``, ``unpaired`` or ``sft``; ``models`` names the models besides the policy.
     Two methods are optional: ``token_stats(logits, ids)`` mixes several full distributions inside the chunk;
-    ``prepare(run)`` runs stages once before training and returns nothing: it adds columns to ``run.groups``.
-    ``init_state()`` may return a module that is trained and checkpointed with the policy.
+    ``prepare(run)`` runs stages once before training and returns nothing: it adds columns to ``run.groups``, or other
+    groups in their place (all of one shape: pairs, or one completion each), and gives models (``run.give``).
+    ``init_state(config)`` may return a module that is trained and checkpointed with the policy; it is in training mode
+    while the policy is trained. Its ``lr_factor`` multiplies the rate, or ``parameter_groups()`` names groups of its
+    own. An attribute ``rollout`` (`rollout.Sampling`) has each training batch answered by the policy as it is then,
+    one sampled completion a prompt, in place of the data's responses.
     """
 
     data: str
@@ -119,8 +126,35 @@ class Preparation(Protocol):
         """Token values of every completion of `every` by a scorer, computed once and kept as a stage."""
         ...
 
-    def train(self, slug: str, **options: Any) -> LM:
-        """Another model, trained by another method on the same data, as a stage."""
+    def stage(self, name: str, inputs: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
+        """The folder that `make` fills, made once for all runs with these `inputs` (`stages.Stages.run`)."""
+        ...
+
+    def data_key(self) -> str:
+        """Hash of `every`, for the inputs of a stage that depends on the data."""
+        ...
+
+    def train(
+        self,
+        slug: str,
+        *,
+        on: Sequence[Group] | None = None,
+        config: Mapping[str, Any] | None = None,
+        lora: int | None = None,
+        **options: Any,
+    ) -> LM:
+        """Another model, trained from the starting checkpoint by another method, as a stage.
+
+        Args:
+            slug: the method; options: its options.
+            on: what it learns from; default: the training groups, without their columns.
+            config: options of the loop that differ from the run's.
+            lora: train an adapter of this rank, and merge it, instead of all weights.
+        """
+        ...
+
+    def give(self, name: str, lm: LM) -> None:
+        """Make `lm` the live model `name` of the objective's `stats`."""
         ...
 
     def report(self, line: str) -> None:

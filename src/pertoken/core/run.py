@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,13 +17,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from .adapters import merge_lora
 from .cache import ArrayCache, key_of, remember
 from .checkpoint import checkpoints, refuse_other_run, whole
 from .data import Group
+from .describe import describe
 from .lm import LM, load, same_vocabulary
 from .loop import RESULT, LoopConfig, fit, make_accelerator, refuse_old_run
 from .packing import Cost, pack
-from .protocols import FunctionScorer, Scorer, token_columns
+from .protocols import Scorer, token_columns
 from .record import data_hash, provenance, read_json, write_json
 from .stages import Stages, load_ragged, save_ragged
 from .stats import Needs, Stats, token_stats
@@ -148,8 +148,7 @@ class Run:
 
     def data_key(self) -> str:
         """Hash of the data, as words (labels and scores included) and encoded."""
-        encoded = (key_of(t.prompt_ids, t.completion_ids) for g in self.every for t in g.traces)
-        return key_of([], [], data_hash(g.example for g in self.every), len(self.groups), *encoded)
+        return data_key(self.groups, self.held_out)
 
     def _given(self) -> dict[str, Any]:
         return {name: lm.identity() for name, lm in self.given.items()}
@@ -175,40 +174,54 @@ class Run:
             save_ragged(folder / "values.npz", token_columns(scorer.score(traces)))
 
         inputs = {"scorer": describe(scorer), "data": self.data_key()}
-        values = iter(load_ragged(self._stage(name, inputs, make) / "values.npz"))
+        values = iter(load_ragged(self.stage(name, inputs, make) / "values.npz"))
         return [[next(values) for _ in g.traces] for g in groups]
 
-    def train(self, slug: str, **options: Any) -> LM:
-        """See `protocols.Preparation`: a helper model trained by another method on the same data, kept as a stage."""
+    def train(
+        self,
+        slug: str,
+        *,
+        on: Sequence[Group] | None = None,
+        config: Mapping[str, Any] | None = None,
+        lora: int | None = None,
+        **options: Any,
+    ) -> LM:
+        """See `protocols.Preparation`: a helper model trained by another method, kept as a stage."""
+        own = slice(1) if self.mismatched else slice(None)
+        groups = [dataclasses.replace(g, traces=g.traces[own], columns={}) for g in self.groups]
+        groups = groups if on is None else [dataclasses.replace(g, columns=dict(g.columns)) for g in on]
         objective = self.resolve(slug)(**options)
+        settings = dataclasses.replace(self.config, tracker="none", **(config or {}))
         inputs = {
             "method": slug,
             "options": describe(objective),
-            "data": self.data_key(),
+            "data": self.data_key() if on is None else data_key(groups, []),
             "start": self.policy.identity(),
             "given": self._given(),
-            "config": asdict(self.config),
+            "config": asdict(settings),
+            **({"lora": lora} if lora else {}),
         }
-        steps = self.config.total_steps(len(self.groups))
 
         def make(folder: Path) -> None:
-            lm, own = self.policy.clone(), slice(1) if self.mismatched else slice(None)
+            lm = self.policy.clone(lora=lora)
             helper = dataclasses.replace(
                 self,
                 slug=slug,
                 objective=objective,
                 policy=lm,
-                groups=[dataclasses.replace(g, traces=g.traces[own], columns=dict(g.columns)) for g in self.groups],
+                groups=groups,
                 held_out=[],
-                config=dataclasses.replace(self.config, tracker="none"),
+                config=settings,
                 out=folder / "run",
                 stage_folder=None,
             )
             helper.go(final=False)
+            if lora and not hasattr(self.policy.model, "disable_adapter"):
+                lm.model = merge_lora(lm.model)
             save_model(lm, folder / "model")
 
-        self.updates += steps
-        folder = self._stage(f"{slug}-model", inputs, make, together=True)
+        self.updates += settings.total_steps(len(groups))
+        folder = self.stage(f"{slug}-model", inputs, make, together=True)
         alike = self.policy.identity()
         return load(
             folder / "model",
@@ -218,10 +231,17 @@ class Run:
             attention=alike["attention"],
         )
 
-    def _stage(
-        self, name: str, inputs: Mapping[str, Any], make: Callable[[Path], None], together: bool = False
-    ) -> Path:
-        """A stage that the main process makes; the others wait, or, where they train `together`, take part."""
+    def give(self, name: str, lm: LM) -> None:
+        """See `protocols.Preparation`: a live model of the objective's, under the name that its `stats` use.
+
+        Raises:
+            ValueError: another vocabulary than the policy's.
+        """
+        same_vocabulary(self.policy, lm)
+        self.given = {**self.given, name: lm}
+
+    def stage(self, name: str, inputs: Mapping[str, Any], make: Callable[[Path], None], together: bool = False) -> Path:
+        """See `protocols.Preparation`: the main process makes it; the others wait, or train `together` with it."""
         from accelerate import PartialState
         from accelerate.utils import broadcast_object_list
 
@@ -339,6 +359,13 @@ class Run:
         return record
 
 
+def data_key(groups: Sequence[Group], held_out: Sequence[Group]) -> str:
+    """Hash of encoded data: words, labels and scores, ids, and how much of it is trained on."""
+    every = [*groups, *held_out]
+    encoded = (key_of(t.prompt_ids, t.completion_ids) for g in every for t in g.traces)
+    return key_of([], [], data_hash(g.example for g in every), len(groups), *encoded)
+
+
 def save_model(lm: LM, folder: Path) -> None:
     """`LM.save`, of a sharded model too: all processes call it, the main one writes."""
     from accelerate import PartialState
@@ -354,40 +381,3 @@ def save_model(lm: LM, folder: Path) -> None:
     if write:
         lm.model.save_pretrained(folder, state_dict=weights)
         lm.tokenizer.save_pretrained(folder)
-
-
-def describe(thing: Any) -> Any:
-    """A method's options as JSON: dataclasses by field, models by identity, functions by their code and the constants
-    that they hold on to (two lambdas are not one scorer)."""
-    if isinstance(thing, LM):
-        return thing.identity()
-    if dataclasses.is_dataclass(thing) and not isinstance(thing, type):
-        fields = {f.name: describe(getattr(thing, f.name)) for f in dataclasses.fields(thing)}
-        return {"type": type(thing).__name__, **fields}
-    if isinstance(thing, FunctionScorer):
-        return {"type": type(thing).__name__, **{k: describe(v) for k, v in vars(thing).items()}}
-    if isinstance(thing, Mapping):
-        return {str(k): describe(v) for k, v in thing.items()}
-    if isinstance(thing, (set, frozenset)):
-        return sorted(map(describe, thing), key=str)
-    if isinstance(thing, (list, tuple)):
-        return [describe(v) for v in thing]
-    if thing is None or isinstance(thing, (int, float, str, bool)):
-        return thing
-    if isinstance(thing, Path):
-        return str(thing)
-    if (tolist := getattr(thing, "tolist", None)) is not None:
-        return describe(tolist())
-    if inspect.ismethod(thing):
-        return [describe(thing.__func__), describe(thing.__self__)]
-    if inspect.isfunction(thing):
-        cells = [c.cell_contents for c in thing.__closure__ or () if c.cell_contents is not thing]
-        held = [type(v).__name__ if isinstance(v, (list, dict, set)) else describe(v) for v in cells]  # counters, memos
-        return [thing.__qualname__, _code(thing.__code__), describe(thing.__defaults__), held]
-    return getattr(thing, "__qualname__", None) or type(thing).__qualname__
-
-
-def _code(code: Any) -> str:
-    """Hash of what a function does, wherever it is written."""
-    constants = [_code(c) if inspect.iscode(c) else repr(c) for c in code.co_consts]
-    return hashlib.blake2b(repr((code.co_code, constants, code.co_names)).encode(), digest_size=8).hexdigest()

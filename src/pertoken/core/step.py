@@ -20,10 +20,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .data import Group
+from .distributed import alone
 from .lm import LM
 from .loop import StepResult
 from .packing import Cost, Pack, pack
 from .protocols import Batch, Loss
+from .rollout import Sampling, sample
 from .stats import Needs, Stats, TokenStats
 
 REFERENCE = "reference_logps"
@@ -147,6 +149,7 @@ class ObjectiveStep:
         self.cost = Cost.of(policy.causal)
         self.coupled = bool(getattr(objective, "batch_coupled", False))
         self.mismatched = bool(getattr(objective, "mismatched", False))
+        self.sampling: Sampling | None = getattr(objective, "rollout", None)
         make_state = getattr(objective, "init_state", None)
         self.state: nn.Module | None = make_state(policy.causal.config) if make_state else None
         self.inner = TokenStats(policy)
@@ -159,7 +162,16 @@ class ObjectiveStep:
 
     def run(self, rows: list[int], *, train: bool) -> StepResult:
         """See `loop.Step`. A process that has no row in a last, short batch computes one with weight 0."""
-        return self._run([self.groups[r] for r in rows or [0]], train, 1.0 if rows else 0.0)
+        groups = [self.groups[r] for r in rows or [0]]
+        if train and self.sampling is not None:
+            groups = self._rolled_out(groups)
+        return self._run(groups, train, 1.0 if rows else 0.0)
+
+    def _rolled_out(self, groups: Sequence[Group]) -> list[Group]:
+        """The groups with one completion each, sampled from the policy as it is now."""
+        seed = int(torch.randint(1 << 62, ()))  # the global generator is in the checkpoint: a resumed run draws alike
+        drawn = sample(self.policy, [g.prompt_ids for g in groups], 1, self.sampling, seed=seed)
+        return [dataclasses.replace(g, traces=tuple(t), columns={}) for g, t in zip(groups, drawn, strict=True)]
 
     def evaluate(self) -> dict[str, float]:
         """Loss and metrics on the held-out groups, by this process, in batches of 64."""
@@ -169,6 +181,8 @@ class ObjectiveStep:
         return total.means()
 
     def _run(self, groups: Sequence[Group], train: bool, weight: float) -> StepResult:
+        if self.state is not None:
+            self.state.train(train)
         packs = pack([g.traces for g in groups], cost=self.cost, tree=self.tree, max_tokens=self.max_tokens)
         idle = self._idle(len(packs))
         parts = [packs] if self.coupled else [[p] for p in [*packs, *packs[:1] * idle]]
@@ -177,7 +191,7 @@ class ObjectiveStep:
             last, share = i == len(parts) - 1, weight if i < len(packs) else 0.0
             with torch.set_grad_enabled(train), self._sync(last or not train):
                 stats, order = self._statistics(self.module, together, groups)
-                batch = self._batch(stats["policy"], order, groups)
+                batch = self._batch(stats["policy"], order, groups, counts=share > 0)
                 loss: Loss = self.objective.loss(stats, batch, self.state)
                 total = loss.sum * share
                 for _ in range(idle if self.coupled else 0):
@@ -218,9 +232,12 @@ class ObjectiveStep:
         if _is_sharded(self.accelerator):
             return rows
         bad, state = [], copy.deepcopy(self.state)
+        if state is not None:
+            state.eval()
         for group in groups:
             stats, order = self._statistics(self.inner, pack([group.traces], cost=self.cost), [group])
-            loss = self.objective.loss(stats, self._batch(stats["policy"], order, [group]), state)
+            with alone():
+                loss = self.objective.loss(stats, self._batch(stats["policy"], order, [group]), state)
             if not np.isfinite(float(loss.sum)):
                 bad.append(group.example.row)
         return tuple(bad) or rows
@@ -237,7 +254,7 @@ class ObjectiveStep:
             stats["reference"] = Stats(like.mask_NT, _padded(columns, like.logp_NT), like.present_NT)
         return stats, order
 
-    def _batch(self, like: Stats, order: list[tuple[int, int]], groups: Sequence[Group]) -> Batch:
+    def _batch(self, like: Stats, order: list[tuple[int, int]], groups: Sequence[Group], counts: bool = True) -> Batch:
         device = like.logp_NT.device
         place = {o: i for i, o in enumerate(order)}
         columns: dict[str, Tensor] = {}
@@ -252,13 +269,13 @@ class ObjectiveStep:
         if self.mismatched:
             columns["mismatched_N"] = torch.tensor([k == 1 for _, k in order], device=device)
         pairs = label = None
-        if self.objective.data == "pairs":
+        if self.objective.data == "pairs" and len(groups[0].traces) == 2:
             pairs = torch.tensor(
                 [[place[g, 0], place[g, 1]] for g in range(len(groups)) if (g, 0) in place], device=device
             )
         elif self.objective.data == "unpaired":
             label = torch.tensor([bool(groups[g].example.label) for g, _ in order], device=device)
-        return Batch(pairs, columns, label, tuple(groups[g].example.row for g, _ in order))
+        return Batch(pairs, columns, label, tuple(groups[g].example.row for g, _ in order), counts)
 
     def _sync(self, on: bool) -> contextlib.AbstractContextManager[Any]:
         """Gradients of several packs are summed here before they are shared once."""

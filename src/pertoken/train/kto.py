@@ -12,9 +12,9 @@ prompt (`mismatched`): completions where the column ``mismatched_N`` is True giv
 `reference_point="batch"` takes the mean over the matched responses instead (cheaper, no y' is computed; larger than the
 KL, for those are what is trained on), and "zero" takes z0 = 0, which couples nothing.
 
-Differs from the authors' code: there, as in TRL 1.16, z0 is averaged over all processes; here each has its own. y' is
-the response of the next row of the data with another prompt; in the paper and the release it is the next row's in the
-batch, in TRL the one before.
+Differs from the authors' code: y' is the response of the next row of the data with another prompt; in the paper and
+the release it is the next row's in the batch, in TRL the one before. z0 is the mean over the rows of all processes;
+there it is the mean of the processes' means, which differs where they have different numbers of rows.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from ..core.distributed import summed
 from ..core.protocols import Batch, Loss
 from ..core.stats import Stats
 from ._preference import LOGP, implicit_rewards
@@ -33,9 +34,12 @@ from ._preference import LOGP, implicit_rewards
 MISMATCHED = "mismatched_N"
 
 
-def kl_estimate(logratio_N: Tensor) -> Tensor:
-    """z0, a scalar without gradient: the mean of log-ratios (N,), at least 0."""
-    return logratio_N.detach().mean().clamp(min=0)
+def kl_estimate(logratio_N: Tensor, counts: bool = True) -> Tensor:
+    """z0, a scalar without gradient: the mean of log-ratios (N,) over all processes, at least 0. Those of a process
+    that does not count are left out."""
+    share = float(counts)
+    total, count = summed(share * logratio_N.sum(), share * logratio_N.new_tensor(float(len(logratio_N))))
+    return (total / count.clamp(min=1)).clamp(min=0)
 
 
 def kto_loss(
@@ -110,9 +114,9 @@ class KTO:
                     f"KTO estimates its KL on responses to other prompts; the batch has none (column {MISMATCHED!r}): "
                     "train with the loop, which adds them, or choose reference_point='batch' or 'zero'"
                 )
-            z0 = kl_estimate(logratio_N[~matched_N])
-        elif self.reference_point == "batch" and len(r_N):
-            z0 = kl_estimate(r_N)
+            z0 = kl_estimate(logratio_N[~matched_N], batch.counts)
+        elif self.reference_point == "batch":
+            z0 = kl_estimate(r_N, batch.counts)
         weights = {"desirable_weight": self.desirable_weight, "undesirable_weight": self.undesirable_weight}
         losses_N = kto_loss(r_N, label_N, z0, beta=self.beta, **weights)
         metrics = _metrics(self.beta * r_N.detach(), stats["policy"].sums().detach()[matched_N], label_N)

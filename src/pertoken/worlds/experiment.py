@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,23 +27,39 @@ def group_of(chosen: Trace, rejected: Trace, prompt: Any, scores: tuple[float, f
 def best_and_worst(
     traces: Sequence[Sequence[Trace]], score: Callable[[str], float], margin: float, source: str
 ) -> tuple[list[Group], dict[str, int]]:
-    """Best and worst of each prompt's samples, if their scores differ by `margin`; what was skipped, by reason."""
+    """Best and worst of each prompt's samples, as pairs; the first of equals wins.
+
+    Args:
+        traces: samples of each prompt.
+        score: text -> reward. margin: least difference of a pair; equal scores never make one.
+        source: what the examples say they come from.
+
+    Returns:
+        The pairs, in order; how many samples were dropped (``empty``, ``score not finite``) and how many prompts gave
+        no pair (``fewer than two different``, ``margin``).
+    """
     groups: list[Group] = []
-    skipped = {"fewer than two different": 0, "margin": 0}
+    lost = dict.fromkeys(("empty", "score not finite", "fewer than two different", "margin"), 0)
     for drawn in traces:
-        unique = list({t.completion_ids: t for t in drawn if t.text.strip()}.values())
-        scores = [float(score(t.text)) for t in unique]
-        if len(unique) < 2:
-            skipped["fewer than two different"] += 1
+        unique: dict[tuple[int, ...], Trace] = {}
+        for trace in drawn:
+            if trace.text.strip():
+                unique.setdefault(trace.completion_ids, trace)
+            else:
+                lost["empty"] += 1
+        scored = [(float(score(t.text)), t) for t in unique.values()]
+        finite = [(s, t) for s, t in scored if math.isfinite(s)]
+        lost["score not finite"] += len(scored) - len(finite)
+        if len(finite) < 2:
+            lost["fewer than two different"] += 1
             continue
-        best, worst = int(np.argmax(scores)), int(np.argmin(scores))
-        if scores[best] - scores[worst] < margin:
-            skipped["margin"] += 1
+        (high, best), (low, worst) = (pick(finite, key=lambda one: one[0]) for pick in (max, min))
+        if high == low or high - low < margin:
+            lost["margin"] += 1
             continue
-        prompt = unique[best].meta.get("prompt", unique[best].prompt_text)
-        pair = (unique[best], unique[worst])
-        groups.append(group_of(*pair, prompt, (scores[best], scores[worst]), len(groups), source))
-    return groups, skipped
+        prompt = best.meta.get("prompt", best.prompt_text)
+        groups.append(group_of(best, worst, prompt, (high, low), len(groups), source))
+    return groups, lost
 
 
 @dataclass(frozen=True)

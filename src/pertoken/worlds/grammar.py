@@ -28,7 +28,7 @@ import functools
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -168,38 +168,6 @@ def prompts(grammar: Grammar) -> dict[str, list[str]]:
     for prompt in map(to_text, grammar._prompts):
         split["test" if hashlib.sha256(prompt.encode()).digest()[0] < 51 else "train"].append(prompt)
     return split
-
-
-def token_truth(grammar: Grammar, text: str, *, eos: bool = True) -> np.ndarray:
-    """Credit of each token of a completion (T,), float64; the last one is <eos> (0), unless eos=False (truncated)."""
-    tokenizer = grammar.tokenizer()
-    words = [token.removeprefix("Ġ") for token in tokenizer.convert_ids_to_tokens(tokenizer.encode(text))]
-    return grammar.credit([*words, "<eos>"] if eos else words)
-
-
-def preference_pairs(
-    prompts: Sequence[str], completions: Sequence[Sequence[str]], score: Callable[[str], float], margin: float
-) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Best and worst of each prompt's completions, if score(best) - score(worst) >= margin; the first of equals wins.
-
-    Returns the pairs (prompt, chosen, rejected, score_chosen, score_rejected) in the order of the prompts, and how many
-    prompts were skipped: "identical" (fewer than two different non-empty completions), "not_finite" (a score is NaN or
-    infinite), "margin" (the gap is too small).
-    """
-    pairs, skipped = [], {"identical": 0, "not_finite": 0, "margin": 0}
-    for prompt, group in zip(prompts, completions, strict=True):
-        texts = list(dict.fromkeys(text for text in group if text.strip()))
-        scores = [score(text) for text in texts]
-        if len(texts) < 2 or not all(map(math.isfinite, scores)):
-            skipped["identical" if len(texts) < 2 else "not_finite"] += 1
-            continue
-        best, worst = int(np.argmax(scores)), int(np.argmin(scores))
-        if best == worst or scores[best] - scores[worst] < margin:
-            skipped["margin"] += 1
-            continue
-        pair = {"prompt": prompt, "chosen": texts[best], "rejected": texts[worst]}
-        pairs.append(pair | {"score_chosen": scores[best], "score_rejected": scores[worst]})
-    return pairs, skipped
 
 
 def train_lm(

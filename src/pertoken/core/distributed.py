@@ -1,0 +1,35 @@
+"""Figures that an objective shares over the processes of a run: sums and counts are added, never means."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_alone = False
+
+
+def summed(*values: Tensor | float) -> list[Tensor]:
+    """Each value, detached, added up over processes; with one process, itself. All processes must call it together.
+
+    Args:
+        values: numbers or tensors, of one shape on every process.
+    """
+    own = [v.detach().clone() if isinstance(v, Tensor) else torch.tensor(float(v)) for v in values]
+    if not _alone and torch.distributed.is_available() and torch.distributed.is_initialized():
+        for value in own:
+            torch.distributed.all_reduce(value)
+    return own
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Inside, nothing is shared: for what one process computes without the others."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
