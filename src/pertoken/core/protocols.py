@@ -157,6 +157,10 @@ class Preparation(Protocol):
         """Make `lm` the live model `name` of the objective's `stats`."""
         ...
 
+    def start_from(self, lm: LM) -> None:
+        """Begin training from the weights of `lm`, which are the reference too: the next round of a method."""
+        ...
+
     def report(self, line: str) -> None:
         """A line for whoever watches the run: what preparation found, in words."""
         ...

@@ -240,6 +240,19 @@ class Run:
         same_vocabulary(self.policy, lm)
         self.given = {**self.given, name: lm}
 
+    def start_from(self, lm: LM) -> None:
+        """See `protocols.Preparation`: the policy gets these weights, which are the reference too.
+
+        Raises:
+            ValueError: another vocabulary or architecture, or a reference that was given.
+        """
+        same_vocabulary(self.policy, lm)
+        if "reference" in self.given:
+            raise ValueError(f"{self.slug} starts rounds from its own models; do not give it a reference")
+        self.policy.model.load_state_dict(lm.model.state_dict())
+        self.policy.changed()
+        self._reference = None
+
     def stage(self, name: str, inputs: Mapping[str, Any], make: Callable[[Path], None], together: bool = False) -> Path:
         """See `protocols.Preparation`: the main process makes it; the others wait, or train `together` with it."""
         from accelerate import PartialState
