@@ -252,7 +252,8 @@ def _compare(words: Sequence[str]) -> None:
         raise ValueError("compare what? pertoken compare train dpo t-reg --data pairs.jsonl --seeds 1 2 3")
     slugs, rest = _leading(words[1:])
     args = _parse(comparison.CompareOptions, rest, "compare train METHOD METHOD...", "Train methods side by side.")
-    print(comparison.compare_train(slugs, args, _settings(args.set, [s.partition("=")[0] for s in slugs]), say=_say))
+    settings = _settings(args.set, [s.partition("=")[0] for s in slugs])
+    print(comparison.compare_train(slugs, args, settings, say=_say).report)
 
 
 @dataclasses.dataclass

@@ -135,23 +135,8 @@ def comparison_sections(
     basis = f"Student-t over {seeds} seeds" if seeds > 1 else "bootstrap over held-out prompts, one seed"
     words = {"how": how or f"One row a method; the bar around a dot is its 95 % interval ({basis})."}
     sections: list[Section] = [Table(title=title, columns=columns, rows=rows, **words)]
-    points = [
-        Point(
-            name=row["name"],
-            x=row["kl"].value,
-            y=row["reward"].value,
-            x_interval=_bounds(row["kl"]),
-            y_interval=_bounds(row["reward"]),
-        )
-        for row in rows
-        if row["kl"] is not None and row["reward"] is not None
-    ]
-    if points:
-        start = next((row["reward"] for row in rows if row["name"] == UNTOUCHED), None)
-        if start is not None:
-            points.insert(0, Point(name=UNTOUCHED, x=0.0, y=start.value, y_interval=_bounds(start)))
-        label = "KL to the reference (nats a response)"
-        sections.append(Frontier(title=f"{title}: reward against KL", points=points, x_label=label))
+    frontier = _frontier(title, rows)
+    sections += [frontier] if frontier else []
     panels = {}
     names = (("loss", "loss"), ("rewards/accuracies", "accuracy on the batch"), ("rewards/margins", "reward margin"))
     for key, label in names:
@@ -166,6 +151,36 @@ def comparison_sections(
     if panels:
         sections.append(Lines(title=f"{title}: training", panels=panels))
     return sections
+
+
+def _frontier(title: str, rows: Sequence[Mapping[str, Any]]) -> Section | None:
+    """What was gained against what it cost: reward over KL, or, without a reward, pair accuracy."""
+    gains = {"reward": "mean reward", "correct": "accuracy on held-out pairs"}
+    gain = next((g for g in gains if any(row[g] is not None and row["kl"] is not None for row in rows)), None)
+    if gain is None:
+        return None
+    points = [
+        Point(
+            name=row["name"],
+            x=row["kl"].value,
+            y=row[gain].value,
+            x_interval=_bounds(row["kl"]),
+            y_interval=_bounds(row[gain]),
+        )
+        for row in rows
+        if row["kl"] is not None and row[gain] is not None
+    ]
+    start = next((row[gain] for row in rows if row["name"] == UNTOUCHED), None)
+    if start is not None:
+        points.insert(0, Point(name=UNTOUCHED, x=0.0, y=start.value, y_interval=_bounds(start)))
+    word = gain if gain == "reward" else "accuracy"
+    return Frontier(
+        title=f"{title}: {word} against KL",
+        points=points,
+        x_label="KL to the reference (nats a response)",
+        y_label=gains[gain],
+        how=f"Up is more {word}, left is closer to the untouched model; bars are 95 % intervals.",
+    )
 
 
 def credit_section(
@@ -241,8 +256,23 @@ def make_arms(names: Sequence[str], settings: Mapping[str, Mapping[str, Any]]) -
     return arms
 
 
-def compare_train(names: Sequence[str], options: CompareOptions, settings: Mapping[str, Any], *, say: Say) -> Path:
-    """Train `names` side by side on the user's data; the report's path."""
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison came to: the outcomes, the untouched model's figures, and where the report is."""
+
+    outcomes: list[Outcome]
+    untouched: dict[str, Any]
+    report: Path
+
+
+def compare_train(
+    names: Sequence[str], options: CompareOptions, settings: Mapping[str, Any], *, say: Say
+) -> Comparison:
+    """Train `names` side by side on the user's data.
+
+    Raises:
+        ValueError: a method that cannot be compared on these data, with the reason, before anything runs.
+    """
     if len(names) < 1:
         raise ValueError("name the methods to compare: pertoken compare train dpo t-reg --data pairs.jsonl")
     arms = make_arms(names, settings)
@@ -294,13 +324,14 @@ def compare_train(names: Sequence[str], options: CompareOptions, settings: Mappi
         Provenance(data=record["provenance"]),
     ]
     title = " · ".join(a.name for a in arms)
-    return build_report(
+    report_path = build_report(
         out,
         title=title,
         sections=sections,
         summary=f"{len(groups)} training and {len(held_out)} held-out rows, {len(options.seeds)} seed(s), "
-        f"{outcomes[0].record['updates']} updates.",
+        f"{options.loop.total_steps(len(groups))} updates of the student each.",
     )
+    return Comparison(outcomes, untouched, report_path)
 
 
 def _provenance(base: LM, arms: Sequence[Arm], options: CompareOptions) -> dict[str, Any]:
@@ -338,6 +369,7 @@ def show_run(folder: Path) -> None:
 
 __all__ = [
     "CompareOptions",
+    "Comparison",
     "Evaluation",
     "LoopConfig",
     "compare_train",

@@ -44,7 +44,7 @@ class DemoOptions:
     """Output folder; the same command goes on where it was stopped."""
     model: str = "smollm2"
     """Model to align: smollm2 (embedded), a folder or a Hub id."""
-    pairs: int = 80
+    pairs: int = 64
     """Training prompts, each of which gives a preference pair if its samples differ enough."""
     held_out: int = 20
     """Held-out prompts whose pairs measure accuracy and credit (fresh samples use all held-out prompts)."""
@@ -58,7 +58,7 @@ class DemoOptions:
     """T-REG's weight of the regulariser."""
     seeds: tuple[int, ...] = (1, 2, 3)
     """Seeds in the grammar world."""
-    loop: LoopConfig = field(default_factory=lambda: LoopConfig(lr=3e-5, batch_size=8, save_every=6, seed=1))
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(lr=3e-5, batch_size=8, save_every=4, seed=1))
     """How both methods are trained."""
 
 

@@ -24,6 +24,7 @@ from pertoken.core.run import Run
 from pertoken.core.stats import Stats
 from pertoken.core.step import ObjectiveStep
 from pertoken.train.dpo import DPO
+from pertoken.train.kto import KTO
 from pertoken.train.sft import SFT
 from tests import tiny
 from tests.core.test_step import Probe
@@ -53,7 +54,7 @@ def step(
 ) -> Stop:
     """A step over 9 examples, one pack a group, so that processes have different numbers of packs."""
     lm = make()
-    kind = "pair" if objective.data == "pairs" else "sft"
+    kind = {"pairs": "pair"}.get(objective.data, objective.data)
     groups = make_groups(lm, 11, kind, reference=exact_lm(1), longest=5, prompt=5)
     settings = {"held_out": groups[9:], "max_tokens": 1, "accelerator": accelerator, **options}
     made = Stop(objective, lm, groups[:9], **settings)
@@ -166,6 +167,7 @@ def run_all(out: Path) -> None:
     scenario_plain(out, "coupled", Coupled(beta=0.5))
     scenario_plain(out, "buffers", Coupled(beta=0.5), make=tiny.lm, batch=5)  # Llama has them, GPT-2 has none
     scenario_plain(out, "state", Probe())
+    scenario_plain(out, "shared", KTO(beta=0.5, reference_point="batch"))
     scenario_plain(out, "noisy", Noisy())
     scenario_interrupted(out, "noisy-interrupted", Noisy())
     scenario_tracked(out)

@@ -77,3 +77,35 @@ def test_what_cannot_be_compared_is_refused_first():
         check_arms([Arm(name="a", slug="dpo", objective=DPO()), Arm(name="b", slug="sft", objective=SFT())], "pairs")
     with pytest.raises(ValueError, match="one name"):
         check_arms([Arm(name="a", slug="dpo", objective=DPO())] * 2, "pairs")
+
+
+class Scored(DPO):
+    """DPO that learns only from pairs with scores."""
+
+    def check(self, groups):
+        bare = [g.example.row for g in groups if g.example.scores is None]
+        if bare:
+            raise ValueError(f"row {bare[0]} has no score; give the columns score_chosen and score_rejected")
+
+
+def test_data_that_one_method_cannot_use_are_refused_before_any_other_is_trained(go):
+    lm = tiny.lm()
+    scores = [(1.0, 0.0)] * 3 + [None]
+    rows = [Example(prompt=f"f{i}", responses=("a", "b"), scores=s, row=i) for i, s in enumerate(scores)]
+    groups = encode(rows, lm)[0]
+    arms = [Arm(name="dpo", slug="dpo", objective=DPO()), Arm(name="scored", slug="dpo", objective=Scored())]
+    check_arms(arms, "pairs", groups[:3])
+    out = go.path / "refused"
+    with pytest.raises(ValueError, match="scored cannot learn from these data: row 3 has no score"):
+        compare(
+            arms,
+            lambda: lm,
+            groups[:3],
+            groups[3:],
+            CONFIG,
+            out,
+            seeds=(1,),
+            resolve=catalog.method,
+            evaluate=lambda *_: {},
+        )
+    assert not out.exists()

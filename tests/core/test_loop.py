@@ -6,16 +6,26 @@ import dataclasses
 import math
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from pertoken.core import checkpoint
 from pertoken.core.checkpoint import checkpoints, load_checkpoint
 from pertoken.core.data import batches
-from pertoken.core.loop import LoopConfig, StepResult, fit, make_accelerator, make_optimizer, refuse_old_run
+from pertoken.core.loop import (
+    LoopConfig,
+    StepResult,
+    apply_gradients,
+    fit,
+    make_accelerator,
+    make_optimizer,
+    refuse_old_run,
+)
 from pertoken.core.protocols import Batch, Loss
 from pertoken.core.step import ObjectiveStep
 from pertoken.train.sft import SFT
@@ -356,6 +366,18 @@ def test_resumed_with_other_options(tmp_path, changes, meta, named):
         train(dpo_step(n=4), tmp_path / "run", config(steps=1, **changes), meta=same | meta, resume=True)
 
 
+def test_resumed_with_another_watch(tmp_path):
+    """How often a run is saved, evaluated and tracked changes nothing that is learned, so it may differ."""
+    whole = train(dpo_step(), tmp_path / "whole", config())
+    with pytest.raises(KeyboardInterrupt):
+        stopped = dpo_step()
+        stopped.after = 3
+        train(stopped, tmp_path / "cut", config(save_every=1, eval_every=1))
+    resumed = train(dpo_step(), tmp_path / "cut", config(save_every=2, keep=1), resume=True)
+    learned = lambda history: [{k: v for k, v in r.items() if not k.startswith("eval_")} for r in timeless(history)]
+    assert learned(resumed) == learned(whole)
+
+
 def test_a_finished_run_is_returned_as_it_is(tmp_path):
     step = dpo_step()
     history = train(step, tmp_path / "run")
@@ -411,6 +433,33 @@ def test_nothing_to_train(tmp_path):
     empty.size = 0
     with pytest.raises(ValueError, match="not one example"):
         train(empty, tmp_path / "run", config(steps=3))
+
+
+class Head(nn.Module):
+    """A module that says its own groups: no decay on the bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 1)
+
+    def parameter_groups(self):
+        return [
+            {"params": [self.linear.weight], "lr_factor": 10.0, "weight_decay": 0.5},
+            {"params": [self.linear.bias], "weight_decay": 0.0},
+        ]
+
+
+def test_a_module_says_its_own_parameter_groups():
+    head, accelerator = Head(), make_accelerator(config(), Path("."))
+    optimizer = make_optimizer({"head": head, "policy": nn.Linear(2, 1)}, config(weight_decay=0.25))
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.5, 0.0, 0.25]
+    before = [p.detach().clone() for p in head.parameters()]
+    for p in head.parameters():
+        p.grad = torch.zeros_like(p)
+    apply_gradients(optimizer, accelerator, 1.0, 0.01, 0.0)
+    weight, bias = head.linear.weight.detach(), head.linear.bias.detach()
+    torch.testing.assert_close(weight, before[0] * (1 - 0.01 * 10.0 * 0.5))  # decoupled decay at the group's rate
+    torch.testing.assert_close(bias, before[1])
 
 
 def test_rmsprop(tmp_path):

@@ -305,6 +305,69 @@ def test_a_helper_does_not_learn_from_mismatched_completions(tmp_path):
 # ---- the reference
 
 
+class Reversed(DPO):
+    """A model of its own beside the policy: an adapter trained on swapped pairs. Chosen responses alone are left."""
+
+    seen: ClassVar[list[LM]] = []
+
+    @property
+    def stats(self) -> Mapping[str, frozenset[str]]:
+        return {"policy": frozenset({"logp"}), "reverse": frozenset({"logp"})}
+
+    def prepare(self, run: Any) -> None:
+        swapped = [dataclasses.replace(g, traces=g.traces[::-1], columns={}) for g in run.groups]
+        reverse = run.train("dpo", on=swapped, config={"steps": 2, "lr": 1e-2}, lora=2, beta=0.25)
+        Reversed.seen.append(reverse)
+        run.give("reverse", reverse)
+        run.groups = [dataclasses.replace(g, traces=g.traces[:1]) for g in run.groups]
+        run.held_out = []
+
+    def loss(self, stats: Mapping[str, Stats], batch: Batch, state: nn.Module | None = None) -> Loss:
+        assert batch.pairs_B2 is None
+        gap = stats["policy"].sums() - stats["reverse"].sums()
+        return Loss((gap**2).sum(), len(gap))
+
+
+def test_a_helper_on_other_data_becomes_a_live_model(tmp_path):
+    Reversed.seen.clear()
+    record = make_run(tmp_path, "a", Reversed(), stage_folder=tmp_path / "stages").go()
+    (helper,) = Reversed.seen
+    lm = exact_lm()
+    groups = data(lm)[:8]
+    swapped = [dataclasses.replace(g, traces=g.traces[::-1]) for g in groups]
+    same = config(steps=2, lr=1e-2)
+    plain = make_run(tmp_path, "b", DPO(beta=0.25), lm.clone(lora=2), groups=swapped, config=same)
+    plain.go()
+    np.testing.assert_allclose(logps(helper, groups), logps(plain.policy, groups), atol=1e-6)  # merged, saved, read
+    assert np.abs(logps(helper, groups) - logps(exact_lm(), groups)).max() > 1e-4
+    assert record["updates"] == 4 + 2 and not hasattr(helper.model, "disable_adapter")
+    again = make_run(tmp_path, "c", Reversed(), stage_folder=tmp_path / "stages").go()
+    assert again["stages"][0]["reused"] and timeless([again["final"]]) == timeless([record["final"]])
+
+
+class Round(DPO):
+    """DPO that goes on from another model."""
+
+    def prepare(self, run: Any) -> None:
+        run.start_from(run.train("sft"))
+
+
+def test_a_round_starts_from_another_model_which_is_its_reference(tmp_path):
+    first = make_run(tmp_path, "a", Round(beta=0.5))
+    record, groups = first.go(), data(exact_lm())
+    sft = make_run(tmp_path, "sft", SFT())
+    sft.go()
+    second = make_run(tmp_path, "b", DPO(beta=0.5), lm=sft.policy)
+    final = second.go()["final"]
+    assert record["final"] == pytest.approx({**final, "seconds": record["final"]["seconds"]}, abs=1e-9)
+    np.testing.assert_allclose(logps(first.policy, groups), logps(second.policy, groups), atol=1e-9)
+    plain = make_run(tmp_path, "c")
+    plain.go()
+    assert np.abs(logps(first.policy, groups) - logps(plain.policy, groups)).max() > 1e-3
+    with pytest.raises(ValueError, match="do not give it a reference"):
+        make_run(tmp_path, "d", Round(), given={"reference": exact_lm(1)}).go()
+
+
 def test_reference_log_probs_are_computed_once(tmp_path):
     lm, cache, said = exact_lm(), ArrayCache(tmp_path / "cache"), []
     groups = data(lm)

@@ -18,6 +18,7 @@ from pertoken.core.examples import Example
 from pertoken.core.lm import LM
 from pertoken.core.loop import StepResult
 from pertoken.core.protocols import Batch, Loss
+from pertoken.core.rollout import Sampling, sample
 from pertoken.core.run import completions_stats
 from pertoken.core.stats import Stats
 from pertoken.core.step import REFERENCE, ObjectiveStep, live_models, needs_of, recomputed_layers, with_mismatched
@@ -248,7 +249,7 @@ class Probe:
 
     def loss(self, stats: Mapping[str, Stats], batch: Batch, state: nn.Module | None) -> Loss:
         assert isinstance(state, Scales)
-        if torch.is_grad_enabled():
+        if state.training:
             state.batches += 1
         policy = stats["policy"]
         read = (policy.extra["hidden_all"].mean(-1) * state.weight).sum(-1)
@@ -333,6 +334,48 @@ def test_a_process_without_rows_adds_nothing():
     assert (result.loss, result.count, result.rows, result.means()) == (0.0, 0.0, (), {})
     assert all(p.grad is not None for p in lm.model.parameters()), "a data-parallel wrapper would wait for them"
     assert max(float(g.abs().max()) for g in found.values()) == 0
+
+
+class Rolled(SFT):
+    """Imitation of what the policy itself says."""
+
+    rollout: ClassVar[Sampling] = Sampling(max_new_tokens=5)
+    seen: ClassVar[list[Batch]] = []
+
+    def loss(self, stats: Mapping[str, Stats], batch: Batch, state: nn.Module | None = None) -> Loss:
+        Rolled.seen.append(batch)
+        return super().loss(stats, batch, state)
+
+
+def rolled_step(after: int | None = None) -> Stop:
+    lm = exact_lm()
+    groups = make_groups(lm, 10, "sft")
+    made = Stop(Rolled(), lm, groups[:8], held_out=groups[8:])
+    made.after = after
+    return made
+
+
+def test_training_batches_are_answered_by_the_policy_as_it_is(tmp_path):
+    Rolled.seen.clear()
+    step, settings = rolled_step(), config(batch_size=4, save_every=1)
+    torch.manual_seed(5)
+    result = step.run([0, 3], train=True)
+    torch.manual_seed(5)
+    seed = int(torch.randint(1 << 62, ()))
+    lm = exact_lm()
+    drawn = sample(lm, [step.groups[r].prompt_ids for r in (0, 3)], 1, Rolled.rollout, seed=seed)
+    expected = -sum(float(naive_logps(lm, t).sum()) for (t,) in drawn)
+    assert result.loss == pytest.approx(expected, rel=1e-9) and result.count == sum(len(t) for (t,) in drawn)
+    held = step.evaluate()  # the data's own responses
+    tokens = [naive_logps(lm, g.traces[0]) for g in step.held_out]
+    assert held["loss"] == pytest.approx(-float(torch.cat(tokens).mean()), rel=1e-9)
+
+    whole = train(rolled_step(), tmp_path / "whole", settings)
+    with pytest.raises(KeyboardInterrupt):
+        train(rolled_step(after=2), tmp_path / "cut", settings)
+    torch.manual_seed(99)
+    resumed = train(rolled_step(), tmp_path / "cut", settings, resume=True)
+    assert timeless(resumed) == timeless(whole)
 
 
 def test_evaluation_is_the_mean_over_held_out_groups():

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .cache import ArrayCache
-from .data import Group
+from .data import Group, check_data
 from .describe import describe
 from .lm import LM, load
 from .loop import RESULT, LoopConfig
@@ -43,11 +43,15 @@ class Outcome:
     history: list[dict[str, float]] = field(default_factory=list)
 
 
-def check_arms(arms: Sequence[Arm], kind: str) -> None:
+def check_arms(arms: Sequence[Arm], kind: str, groups: Sequence[Group] = ()) -> None:
     """Refuse what cannot be compared, before anything runs.
 
+    Args:
+        arms: the methods. kind: of data that the comparison has. groups: all of its data, once they are read.
+
     Raises:
-        ValueError: two arms of one name, or a method that takes other data than the comparison has.
+        ValueError: two arms of one name, a method that takes other data than the comparison has, or one that says of
+            these data why it cannot learn from them (`Objective.check`).
     """
     if len({a.name for a in arms}) < len(arms):
         raise ValueError("two arms have one name; give each its own (name=method)")
@@ -55,6 +59,11 @@ def check_arms(arms: Sequence[Arm], kind: str) -> None:
         data = getattr(arm.objective, "data", None)
         if data != kind:
             raise ValueError(f"{arm.name} takes {data or 'no'} data and the comparison has {kind}; leave it out")
+    for arm in arms if groups else ():
+        try:
+            check_data(arm.objective, groups)
+        except ValueError as error:
+            raise ValueError(f"{arm.name} cannot learn from these data: {error}") from error
 
 
 def compare(
@@ -89,7 +98,7 @@ def compare(
     """
     out, say = Path(out), say or (lambda line: None)
     if arms:
-        check_arms(arms, arms[0].objective.data)
+        check_arms(arms, arms[0].objective.data, [*groups, *held_out])
     outcomes = []
     for arm in arms:
         for seed in seeds:
@@ -99,8 +108,8 @@ def compare(
             settings = dataclasses.replace(config, seed=seed)
             if figures.exists():
                 was = read_json(folder / RESULT)
-                now = {"options": describe(arm.objective), "config": asdict(settings)}
-                if was["options"] != now["options"] or was["config"] != now["config"]:
+                now = settings.trajectory()
+                if was["options"] != describe(arm.objective) or now != {k: was["config"].get(k) for k in now}:
                     raise ValueError(f"{folder} holds a run with other options; choose another output folder")
             else:
                 lm = policy()

@@ -29,6 +29,7 @@ __all__ = [
     "Group",
     "as_kind",
     "batches",
+    "check_data",
     "encode",
     "load_examples",
     "split_by_prompt",
@@ -95,6 +96,13 @@ class Group:
             if not np.isfinite(entry).all():
                 raise ValueError(f"{where} holds a value that is not finite; mend it, or leave the row out")
         self.columns[name] = values if alone else entries
+
+
+def check_data(objective: Any, groups: Sequence[Group]) -> None:
+    """Have an objective refuse data that it cannot learn from, where it has something to say (`Objective.check`)."""
+    check = getattr(objective, "check", None)
+    if check is not None:
+        check(groups)
 
 
 def load_examples(

@@ -15,9 +15,10 @@ def summed(*values: Tensor | float) -> list[Tensor]:
     """Each value, detached, added up over processes; with one process, itself. All processes must call it together.
 
     Args:
-        values: numbers or tensors, of one shape on every process.
+        values: numbers or tensors, of one shape on every process; at least one tensor where the run is on GPUs.
     """
-    own = [v.detach().clone() if isinstance(v, Tensor) else torch.tensor(float(v)) for v in values]
+    device = next((v.device for v in values if isinstance(v, Tensor)), None)  # GPUs share nothing that lies elsewhere
+    own = [v.detach().clone() if isinstance(v, Tensor) else torch.tensor(float(v), device=device) for v in values]
     if not _alone and torch.distributed.is_available() and torch.distributed.is_initialized():
         for value in own:
             torch.distributed.all_reduce(value)

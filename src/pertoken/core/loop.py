@@ -74,6 +74,11 @@ class LoopConfig:
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"warmup={self.warmup} is a share of the updates, from 0 to 1")
 
+    def trajectory(self) -> dict[str, Any]:
+        """The options that change what is learned; the others may differ in a resumed run."""
+        watch = ("eval_every", "save_every", "keep", "tracker")
+        return {name: value for name, value in asdict(self).items() if name not in watch}
+
     def total_steps(self, n: int) -> int:
         """Updates of a run over n examples."""
         return self.steps if self.steps is not None else math.ceil(self.epochs * math.ceil(n / self.batch_size))
@@ -177,7 +182,7 @@ def fit(
     total, per_epoch = config.total_steps(step.size), math.ceil(step.size / config.batch_size)
     if total and not step.size:
         raise ValueError("there is not one example to train on; give data")
-    same = {"config": asdict(config), **(meta or {})}
+    same = {"config": config.trajectory(), **(meta or {})}
     optimizer = make_optimizer(step.modules, config)
     history: list[dict[str, float]] = []
     done = _begin(step, optimizer, out, same, resume, history, say if say and main else lambda line: None)

@@ -85,12 +85,13 @@ class Objective(Protocol):
     """A training objective: frozen keyword-only options, pure methods. See `Needs` for what `stats` may ask.
 
     ``data`` is ``pairs``, ``unpaired`` or ``sft``; ``models`` names the models besides the policy.
-    Two methods are optional: ``token_stats(logits, ids)`` mixes several full distributions inside the chunk;
+    Some methods are optional: ``token_stats(logits, ids)`` mixes several full distributions inside the chunk;
     ``prepare(run)`` runs stages once before training and returns nothing: it adds columns to ``run.groups``, or other
     groups in their place (all of one shape: pairs, or one completion each), and gives models (``run.give``).
-    ``init_state(config)`` may return a module that is trained and checkpointed with the policy; it is in training mode
-    while the policy is trained. Its ``lr_factor`` multiplies the rate, or ``parameter_groups()`` names groups of its
-    own. An attribute ``rollout`` (`rollout.Sampling`) has each training batch answered by the policy as it is then,
+    ``check(groups)`` raises a ValueError with the fix where the data lack what the method learns from, before anything
+    runs. ``init_state(config)`` may return a module that is trained and checkpointed with the policy; it is in training
+    mode while the policy is trained. Its ``lr_factor`` multiplies the rate, or ``parameter_groups()`` names groups of
+    its own. An attribute ``rollout`` (`rollout.Sampling`) has each training batch answered by the policy as it is then,
     one sampled completion a prompt, in place of the data's responses.
     """
 

@@ -20,7 +20,7 @@ import torch
 from .adapters import merge_lora
 from .cache import ArrayCache, key_of, remember
 from .checkpoint import checkpoints, refuse_other_run, whole
-from .data import Group
+from .data import Group, check_data
 from .describe import describe
 from .lm import LM, load, same_vocabulary
 from .loop import RESULT, LoopConfig, fit, make_accelerator, refuse_old_run
@@ -198,7 +198,7 @@ class Run:
             "data": self.data_key() if on is None else data_key(groups, []),
             "start": self.policy.identity(),
             "given": self._given(),
-            "config": asdict(settings),
+            "config": settings.trajectory(),
             **({"lora": lora} if lora else {}),
         }
 
@@ -305,9 +305,10 @@ class Run:
         meta = {"method": self.slug, "options": options, "data": data, "start": start, "given": self._given()}
         if resume and (self.out / RESULT).exists():
             for _, path in checkpoints(self.out)[-1:]:
-                refuse_other_run(path, {"config": asdict(self.config), **meta})
+                refuse_other_run(path, {"config": self.config.trajectory(), **meta})
             self.say(f"{self.out} is finished; nothing to resume")
             return read_json(self.out / RESULT)
+        check_data(self.objective, self.every)
         prepare = getattr(self.objective, "prepare", None)
         if prepare is not None:
             prepare(self)

@@ -122,9 +122,10 @@ class KTO:
         metrics = _metrics(self.beta * r_N.detach(), stats["policy"].sums().detach()[matched_N], label_N)
         if self.batch_coupled:  # only then does this call see the whole batch
             metrics["kl"] = (z0, 1.0)
-            if label_N.any() and not label_N.all():
-                chosen, rejected = (total / n for total, n in (metrics["rewards/chosen"], metrics["rewards/rejected"]))
-                metrics["rewards/margins"] = (chosen - rejected, 1.0)
+            sides = (*metrics["rewards/chosen"], *metrics["rewards/rejected"])
+            up, n_up, down, n_down = summed(*(float(batch.counts) * value for value in sides))
+            if n_up > 0 and n_down > 0:
+                metrics["rewards/margins"] = (up / n_up - down / n_down, 1.0)
         return Loss(losses_N.sum(), float(len(losses_N)), metrics)
 
 
