@@ -121,7 +121,7 @@ def align(
         config=options.loop,
         out=Path(options.out),
         resolve=catalog.method,
-        version=row.version,
+        version_of=lambda slug: catalog.about(slug).version,
         pack_tokens=options.pack_tokens,
         given=given,
         cache=ArrayCache(),

@@ -308,7 +308,7 @@ def compare_train(
         evaluate=evaluation,
         say=say,
         pack_tokens=options.pack_tokens,
-        versions={a.slug: catalog.about(a.slug).version for a in arms},
+        version_of=lambda slug: catalog.about(slug).version,
     )
     untouched = evaluation(base, base, options.seeds[0])
     record = {

@@ -134,7 +134,7 @@ def _smollm2(options: DemoOptions, out: Path, say: Say) -> dict[str, Any]:
         resolve=catalog.method,
         evaluate=evaluation,
         say=say,
-        versions={a.slug: catalog.about(a.slug).version for a in arms},
+        version_of=lambda slug: catalog.about(slug).version,
     )
     untouched = _once(out / "sentiment" / "untouched.json", lambda: evaluation(lm, lm, options.loop.seed))
     return {

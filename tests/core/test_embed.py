@@ -78,6 +78,11 @@ def test_vectors_are_computed_once(folder, tmp_path):
     np.testing.assert_array_equal(again(["a film", "the plot"]), first[::-1])
 
 
+def test_half_a_character_is_no_reason_to_stop(folder, tmp_path):
+    broken, plain = make(folder, tmp_path)(["film \ud83d", "film ?"])
+    np.testing.assert_array_equal(broken, plain)
+
+
 def test_cosines_by_hand():
     a = np.array([[1.0, 0], [1, 0], [2, 0], [0, 0], [1, 1]])
     b = np.array([[0.0, 3], [-5, 0], [7, 0], [1, 0], [1, 0]])

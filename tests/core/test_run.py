@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -72,7 +75,7 @@ def logps(lm: LM, groups: list[Group]) -> np.ndarray:
 
 def test_what_a_run_leaves(tmp_path):
     said: list[str] = []
-    run = make_run(tmp_path, say=said.append, version=3)
+    run = make_run(tmp_path, say=said.append, version_of=lambda slug: 3)
     start = run.policy.identity()
     record = run.go()
     assert sorted(p.name for p in run.out.iterdir()) == ["checkpoint-000004", "log.jsonl", "model", "results.json"]
@@ -170,6 +173,9 @@ class Firsts:
     def __init__(self) -> None:
         self.calls = 0
 
+    def identity(self) -> dict[str, int]:  # the count is no part of what it is
+        return {"firsts": 1}
+
     def score(self, items: Any) -> list[Credit]:
         self.calls += 1
         values = [np.array([sum(t.completion_ids) + 1000.0 * i for i in range(len(t))]) for t in items]
@@ -216,27 +222,119 @@ def test_preparation_is_done_once_and_its_credit_is_in_order(tmp_path):
     assert scorer.calls == 2, "other data were given the credit of the first"
 
 
+class Calls:
+    """A count that is no part of what a function is."""
+
+    made = 0
+
+
+class Constant:
+    """A plain object that scores."""
+
+    def __init__(self, value: float):
+        self.value, self.by_word = value, {"a": value}
+
+    def __call__(self, trace: Any) -> Any:
+        Calls.made += 1
+        return np.full(len(trace), self.value)
+
+
 def test_another_function_is_another_scorer(tmp_path):
-    calls: list[int] = []
+    Calls.made = 0
 
     def weight(power: float) -> Callable[[Any], Any]:
-        def values(trace: Any) -> Any:
-            calls.append(1)
-            return np.full(len(trace), 0.1**power)
+        table = {"power": power}
+
+        def values(trace: Any, *, base: float = 0.1) -> Any:
+            Calls.made += 1
+            return np.full(len(trace), base ** table["power"])
 
         return values
 
     def run(out: str, function: Any) -> Any:
         scorer = FunctionScorer(function, on="trace")
         make_run(tmp_path, out, Weighted(scorer), stage_folder=tmp_path / "stages").go()
-        return len(calls)
+        return Calls.made
 
     assert run("a", weight(1)) == 20
     assert run("b", weight(1)) == 20, "the same function was computed twice"
     assert run("c", weight(2)) == 40, "a function that holds on to another number was taken for the first"
     assert run("d", lambda trace: np.zeros(len(trace))) == 40
-    first = run("e", lambda trace: (calls.append(1), np.ones(len(trace)))[1])
+    first = run("e", lambda trace: (setattr(Calls, "made", Calls.made + 1), np.ones(len(trace)))[1])
     assert first == 60, "one lambda was taken for another"
+    assert run("f", functools.partial(weight(1), base=0.2)) == 80
+    assert run("g", functools.partial(weight(1), base=0.3)) == 100, "a partial was taken for one with another keyword"
+    assert run("h", Constant(0.1)) == 120
+    assert run("i", Constant(0.1)) == 120
+    assert run("j", Constant(0.4)) == 140, "an object was taken for another one of its class"
+
+
+SCALE = 1.0
+
+
+def scaled(trace: Any) -> Any:
+    return SCALE * np.ones(len(trace))
+
+
+def test_what_tells_things_apart(monkeypatch):
+    def default(x: float, *, by: float = 2.0) -> float:
+        return x * by
+
+    before, scale = describe(default), describe(scaled)
+    default.__kwdefaults__ = {"by": 3.0}
+    monkeypatch.setattr(sys.modules[__name__], "SCALE", 2.0)
+    assert describe(default) != before and describe(scaled) != scale
+    large = np.arange(1000.0)
+    assert describe(large) == describe(large.copy()) != describe(large + 1)
+    assert describe(torch.tensor([1.5, 2.0], dtype=torch.bfloat16)) == [1.5, 2.0]
+    with torch.random.fork_rng():
+        a, b = nn.Linear(2, 2), nn.Linear(2, 2)
+    assert describe(a) != describe(b) and describe(a) == describe(copy.deepcopy(a))
+    ring: list[Any] = [1]
+    ring.append(ring)
+    assert describe(ring) == [1, "itself"]
+    with pytest.raises(ValueError, match=r"give it a method identity\(\)"):
+        describe(object())
+
+
+def test_columns_and_observations_are_data(tmp_path):
+    keys = []
+    for value, emitted in ((0.4, True), (-0.4, True), (0.4, False)):
+        groups = data(exact_lm())
+        for g in groups:
+            g.add_column("token_reward", [np.full(len(t), value) for t in g.traces])
+        if not emitted:
+            first = groups[0]
+            cut = dataclasses.replace(first.traces[0], emitted=(False,) + (True,) * (len(first.traces[0]) - 1))
+            groups[0] = dataclasses.replace(first, traces=(cut, first.traces[1]))
+        keys.append(make_run(tmp_path, groups=groups).data_key())
+    assert len(set(keys)) == 3
+    again = make_run(tmp_path)
+    for g in again.every:
+        g.add_column("token_reward", [np.full(len(t), 0.4) for t in g.traces])
+    assert again.data_key() == keys[0]
+    add_reference_logps(again.every, exact_lm(), again.cache)
+    assert again.data_key() == keys[0]  # the reference's log-probs follow from the rest
+
+
+def test_a_new_version_of_a_method_is_computed_anew(tmp_path):
+    def go(out: str, version: int) -> Any:
+        run = make_run(tmp_path, out, Distilled(), stage_folder=tmp_path / "stages", version_of=lambda slug: version)
+        return [s["reused"] for s in run.go()["stages"]]
+
+    assert [go("a", 1), go("b", 1), go("c", 2)] == [[False], [True], [False]]
+    assert not list((tmp_path / "stages").glob("*/run/checkpoint-*")), "a helper keeps its optimizer for nothing"
+
+
+def test_views_of_a_model_learn_that_it_changed():
+    lm = exact_lm()
+    view, copied = lm.as_reference(), lm.reference()
+    before = view.identity()
+    assert copied.identity() == before == lm.identity()
+    with torch.no_grad():
+        next(lm.model.parameters()).add_(1.0)
+    lm.changed()
+    assert view.identity() == lm.identity() != before and copied.identity() == before
 
 
 def test_options_as_json():
@@ -366,6 +464,11 @@ def test_a_round_starts_from_another_model_which_is_its_reference(tmp_path):
     assert np.abs(logps(first.policy, groups) - logps(plain.policy, groups)).max() > 1e-3
     with pytest.raises(ValueError, match="do not give it a reference"):
         make_run(tmp_path, "d", Round(), given={"reference": exact_lm(1)}).go()
+    adapted = make_run(tmp_path, "e", lm=exact_lm().clone(lora=2))
+    with pytest.raises(ValueError, match="an adapter cannot be"):
+        adapted.start_from(exact_lm(1))
+    with pytest.raises(ValueError, match="of another architecture"):
+        make_run(tmp_path, "f").start_from(tiny.lm())
 
 
 def test_reference_log_probs_are_computed_once(tmp_path):

@@ -347,6 +347,12 @@ class Rolled(SFT):
         return super().loss(stats, batch, state)
 
 
+class RolledDPO(DPO):
+    """An objective that wants the reference's log-probs of what was sampled."""
+
+    rollout: ClassVar[Sampling] = Sampling(max_new_tokens=5)
+
+
 def rolled_step(after: int | None = None) -> Stop:
     lm = exact_lm()
     groups = make_groups(lm, 10, "sft")
@@ -366,6 +372,7 @@ def test_training_batches_are_answered_by_the_policy_as_it_is(tmp_path):
     drawn = sample(lm, [step.groups[r].prompt_ids for r in (0, 3)], 1, Rolled.rollout, seed=seed)
     expected = -sum(float(naive_logps(lm, t).sum()) for (t,) in drawn)
     assert result.loss == pytest.approx(expected, rel=1e-9) and result.count == sum(len(t) for (t,) in drawn)
+    assert "reference" in live_models(RolledDPO())  # nothing that was sampled is in a cache
     held = step.evaluate()  # the data's own responses
     tokens = [naive_logps(lm, g.traces[0]) for g in step.held_out]
     assert held["loss"] == pytest.approx(-float(torch.cat(tokens).mean()), rel=1e-9)

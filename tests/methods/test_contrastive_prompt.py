@@ -30,6 +30,18 @@ def asked(question, draft, template):
     return LM.encode_prompt(template.replace("{question}", question).replace("{draft}", draft))
 
 
+def test_questions_in_every_form_of_a_message():
+    said = {"role": "assistant", "content": None, "tool_calls": [{"name": "look"}]}
+    parts = {"role": "user", "content": [{"type": "text", "text": "how "}, {"type": "text", "text": "was it"}]}
+    assert question_text([parts]) == "how was it"
+    assert question_text([parts, said, {"role": "tool"}]) == "User: how was it\n\nAssistant: \n\nTool: "
+    with pytest.raises(ValueError, match="the user turn holds more than text"):
+        question_text([{"role": "user", "content": [{"type": "image", "url": "x"}]}])
+    for length in (0, -5):
+        with pytest.raises(ValueError, match=f"max_length={length} leaves no token"):
+            ContrastivePrompt(max_length=length)
+
+
 def test_against_plain_forwards():
     questions = ["how was it", "so?", [{"role": "user", "content": "and"}]]
     for trace, question, credit in zip(TRACES, ("how was it", "so?", "and"), score(questions=questions)):

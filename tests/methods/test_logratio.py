@@ -33,6 +33,12 @@ def flat_logps(lm, trace):
     return logp.gather(-1, torch.tensor(trace.completion_ids)[:, None])[:, 0].numpy()
 
 
+def test_a_trace_beyond_the_context_is_named():
+    long = POLICY.trace_of_ids([5] * 200, [6] * 100, meta={"row": 7})
+    with pytest.raises(ValueError, match="prompt and response of row 7 take 300 tokens, more than the 256"):
+        score([TRACES[0], long])
+
+
 def test_against_a_plain_forward():
     for trace, credit in zip(TRACES, score(beta=0.3)):
         assert credit.trace is trace

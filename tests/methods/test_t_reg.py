@@ -63,6 +63,14 @@ def test_by_hand():
     assert shown["rewards/margins"] == pytest.approx(margin)
 
 
+def test_options_that_are_not_finite():
+    for options in ({"alpha": math.inf}, {"beta": math.inf}, {"gamma": math.nan}):
+        with pytest.raises(ValueError, match="must be a finite number"):
+            TReg(**options)
+    with pytest.raises(ValueError, match="gamma=-3: a target margin is not negative"):
+        TReg(base="simpo", beta=2.0, gamma=-3)
+
+
 def test_by_hand_simpo():
     stats, batch = tensors([[-1, -2], [-3, 0]], mask=[[True, True], [True, False]], rhat=[[0.2, -0.4], [-0.4, 9]])
     margin = 2 * (-1.5) - 2 * (-3) - 0.8

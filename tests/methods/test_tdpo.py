@@ -44,6 +44,22 @@ def test_by_hand():
     assert tdpo_loss(u_w, u_l, d_w, d_l, 0.1, 0.5, "tdpo2").item() == pytest.approx(math.log1p(math.exp(-0.15)))
 
 
+@pytest.mark.parametrize("side", [0, 1])
+def test_an_infinite_kl_is_no_pair_without_loss(side):
+    zeros = torch.zeros(2, 1, dtype=torch.float64, requires_grad=True)
+    kl, mask = torch.zeros(2, 1, dtype=torch.float64), torch.ones(2, 1, dtype=torch.bool)
+    kl[side] = math.inf
+    stats = {"policy": Stats(mask, zeros, mask, {KL: kl}), "reference": Stats(mask, zeros.detach(), mask)}
+    for options in ({}, {"variant": "tdpo1"}):
+        assert math.isnan(TDPO(**options).loss(stats, Batch(torch.tensor([[0, 1]]))).sum.item())
+    plain = TDPO(alpha=0).loss(stats, Batch(torch.tensor([[0, 1]])))
+    assert plain.sum.item() == pytest.approx(math.log(2))  # DPO has no KL
+    with pytest.raises(ValueError, match="alpha=inf must be a finite number"):
+        TDPO(alpha=math.inf)
+    with pytest.raises(ValueError, match="beta=nan must be a finite number"):
+        TDPO(beta=math.nan)
+
+
 def test_where_gradients_stop():
     u_w, u_l, d_w, d_l = values = [one(x).requires_grad_() for x in (1.5, -0.5, 2, 3)]
     got = torch.autograd.grad(tdpo_logits(u_w, u_l, d_w, d_l, 0.5, "tdpo1"), values)

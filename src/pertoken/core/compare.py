@@ -7,7 +7,7 @@ are read, a half-done one resumes. Reference log-probs are shared through the ca
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ def compare(
     say: Callable[[str], None] | None = None,
     progress: bool = True,
     pack_tokens: int = 4096,
-    versions: Mapping[str, int] | None = None,
+    version_of: Callable[[str], int] = lambda slug: 1,
 ) -> list[Outcome]:
     """Train every arm with every seed and evaluate each.
 
@@ -122,7 +122,7 @@ def compare(
                     config=settings,
                     out=folder,
                     resolve=resolve,
-                    version=(versions or {}).get(arm.slug, 1),
+                    version_of=version_of,
                     cache=cache,
                     say=say,
                     progress=progress,

@@ -81,8 +81,8 @@ class TextEncoder:
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """Vectors (N, H), float32, not normalised; a text without a token of its own gets zeros."""
-        key = lambda text: key_of((), (), text)
-        rows = remember(self._shelf, list(texts), key, self._compute, chunk=1024)
+        plain = [text.encode("utf8", "replace").decode("utf8") for text in texts]  # no lone surrogates
+        rows = remember(self._shelf, plain, lambda text: key_of((), (), text), self._compute, chunk=1024)
         width = int(self.model.config.hidden_size)
         return np.stack(rows) if rows else np.zeros((0, width), np.float32)
 

@@ -33,6 +33,7 @@ EMBEDDED = "smollm2"
 _EMBEDDED_NOTE = "SmolLM2-135M-Instruct (Apache-2.0), dequantised from Q4_1"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _SENTINEL = "pertoken"
+_CHANGES = "_pertoken_changes"
 
 
 class LM:
@@ -78,7 +79,7 @@ class LM:
         generation = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         extra = generation if isinstance(generation, list) else [generation]
         self.stop_ids = frozenset(i for i in (self.terminator, tokenizer.eos_token_id, *extra) if i is not None)
-        self._identity: dict[str, Any] | None = None
+        self._identity: tuple[int, dict[str, Any]] | None = None
 
     # ---- words to ids
 
@@ -217,7 +218,8 @@ class LM:
     def identity(self) -> dict[str, Any]:
         """What the numbers of this model depend on, for caches and provenance: content hash of the weights, dtype,
         attention implementation, tokenizer and template hashes. Computed once; call `changed` after training."""
-        if self._identity is None:
+        changes = getattr(self.model, _CHANGES, 0)  # kept on the model, which views of it share
+        if self._identity is None or self._identity[0] != changes:
             digest = hashlib.blake2b(digest_size=16)
             weights = self.model.state_dict()
             if self.adapter_off:  # the same numbers as the model without adapters, so the same identity
@@ -227,7 +229,7 @@ class LM:
                 digest.update(key.encode())
                 digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
             template = str(getattr(self.tokenizer, "chat_template", "")) + self.template
-            self._identity = {
+            found = {
                 "name": self.name,
                 "note": self.note,
                 "weights": digest.hexdigest(),
@@ -236,11 +238,12 @@ class LM:
                 "tokenizer": self.view.fingerprint,
                 "template": hashlib.sha256(template.encode()).hexdigest()[:16],
             }
-        return self._identity
+            self._identity = changes, found
+        return self._identity[1]
 
     def changed(self) -> None:
-        """Forget the identity: the weights were trained."""
-        self._identity = None
+        """Forget the identity, of views that share the weights too: they were trained."""
+        setattr(self.model, _CHANGES, getattr(self.model, _CHANGES, 0) + 1)
 
     def save(self, folder: str | Path) -> Path:
         """Model (or adapter) and tokenizer as a folder that `load` and transformers read."""

@@ -92,7 +92,7 @@ class Objective(Protocol):
     runs. ``init_state(config)`` may return a module that is trained and checkpointed with the policy; it is in training
     mode while the policy is trained. Its ``lr_factor`` multiplies the rate, or ``parameter_groups()`` names groups of
     its own. An attribute ``rollout`` (`rollout.Sampling`) has each training batch answered by the policy as it is then,
-    one sampled completion a prompt, in place of the data's responses.
+    one sampled completion a prompt, in place of the data's responses (draws depend on the number of processes).
     """
 
     data: str

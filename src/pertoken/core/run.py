@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,77 +19,20 @@ import numpy as np
 import torch
 
 from .adapters import merge_lora
-from .cache import ArrayCache, key_of, remember
+from .cache import ArrayCache
 from .checkpoint import checkpoints, refuse_other_run, whole
+from .completions import add_reference_logps, completions_stats, data_key
 from .data import Group, check_data
 from .describe import describe
 from .lm import LM, load, same_vocabulary
 from .loop import RESULT, LoopConfig, fit, make_accelerator, refuse_old_run
-from .packing import Cost, pack
 from .protocols import Scorer, token_columns
 from .record import data_hash, provenance, read_json, write_json
 from .stages import Stages, load_ragged, save_ragged
-from .stats import Needs, Stats, token_stats
-from .step import REFERENCE, ObjectiveStep, live_models, recomputed_layers, with_mismatched
-from .trace import Trace
+from .step import ObjectiveStep, live_models, recomputed_layers, with_mismatched
 
 Say = Callable[[str], None]
-_TOGETHER = 16  # completions of one prompt that share its forward
-
-
-@torch.no_grad()
-def completions_stats(
-    lm: LM,
-    traces: Sequence[Trace],
-    wants: frozenset[str] = frozenset({"logp"}),
-    *,
-    max_tokens: int = 4096,
-    progress: Callable[[int], None] | None = None,
-) -> list[dict[str, np.ndarray]]:
-    """Statistics of one model on any traces, prompts that are the same computed once.
-
-    Returns:
-        For each trace, in order: ``logp`` and what else was wanted, each of shape (T, ...), float64 where it was a
-        number; observation tokens are in it too.
-    """
-    by_prompt: dict[tuple[int, ...], list[int]] = {}
-    for i, trace in enumerate(traces):
-        by_prompt.setdefault(trace.prompt_ids, []).append(i)
-    # Very many completions of one prompt would make one huge pack, so they are taken some at a time.
-    indices = [some[i : i + _TOGETHER] for some in by_prompt.values() for i in range(0, len(some), _TOGETHER)]
-    out: list[dict[str, np.ndarray]] = [{} for _ in traces]
-    with lm.active() as causal:
-        cost = Cost.of(causal)
-    for packed in pack([[traces[i] for i in some] for some in indices], cost=cost, max_tokens=max_tokens):
-        stats: Stats = token_stats({"model": lm}, packed, Needs({"model": wants}))["model"]
-        values = {"logp": stats.logp_NT, **stats.extra}
-        arrays = {name: v.double().cpu().numpy() for name, v in values.items() if v.ndim > 1}
-        for row, (g, k) in enumerate(packed.order):
-            i = indices[g][k]
-            out[i] = {name: a[row, : len(traces[i])].copy() for name, a in arrays.items()}
-        if progress:
-            progress(len(packed.order))
-    return out
-
-
-def add_reference_logps(
-    groups: Sequence[Group], reference: LM, cache: ArrayCache | None = None, say: Say | None = None
-) -> None:
-    """Add the column of per-token reference log-probs, from the cache by content, computing what is missing."""
-    identity = reference.identity()
-    if torch.is_autocast_enabled(reference.device.type):
-        identity = identity | {"autocast": str(torch.get_autocast_dtype(reference.device.type))}
-    shelf = (cache or ArrayCache()).context(identity)
-    traces = [t for g in groups for t in g.traces]
-
-    def compute(missing: list[Trace]) -> list[np.ndarray]:
-        if say:
-            say(f"reference log-probs of {len(missing)} responses ({len(traces) - len(missing)} known or repeated)")
-        return [s["logp"] for s in completions_stats(reference, missing)]
-
-    arrays = iter(remember(shelf, traces, lambda t: key_of(t.prompt_ids, t.completion_ids), compute, chunk=512))
-    for group in groups:
-        group.add_column(REFERENCE, [next(arrays) for _ in group.traces])
+__all__ = ["Run", "add_reference_logps", "completions_stats", "save_model"]
 
 
 @dataclass(kw_only=True)
@@ -111,7 +55,7 @@ class Run:
     config: LoopConfig
     out: Path
     resolve: Callable[[str], type[Any]]
-    version: int = 1
+    version_of: Callable[[str], int] = lambda slug: 1
     pack_tokens: int = 4096
     tree: str = "auto"
     given: Mapping[str, LM] = field(default_factory=dict)
@@ -124,6 +68,7 @@ class Run:
         self.out = Path(self.out)
         self.stages = Stages(self.stage_folder or self.out / "stages", self.say)
         self._reference: LM | None = None
+        self._made: list[tuple[Scorer, int]] = []  # scorers, and the versions of their methods
         self.notes: list[str] = []
         self.updates = 0  # of this run and of its helper models
         for lm in self.given.values():
@@ -159,7 +104,9 @@ class Run:
         for f in dataclasses.fields(kind):
             if f.name in ("lm", "policy", "reference") and options.get(f.name) is None:
                 options[f.name] = self.given.get("reference") or self.policy.as_reference()
-        return kind(**options)
+        scorer = kind(**options)
+        self._made.append((scorer, self.version_of(slug)))
+        return scorer
 
     def credits(self, name: str, scorer: Scorer) -> list[list[np.ndarray]]:
         """See `protocols.Preparation`: token values of every completion of `every`, kept as a stage."""
@@ -173,7 +120,9 @@ class Run:
             ]
             save_ragged(folder / "values.npz", token_columns(scorer.score(traces)))
 
-        inputs = {"scorer": describe(scorer), "data": self.data_key()}
+        version = next((v for made, v in self._made if made is scorer), 1)
+        data = data_key(self.groups, self.held_out, columns=False)  # scorers see none
+        inputs = {"scorer": describe(scorer), "version": version, "data": data}
         values = iter(load_ragged(self.stage(name, inputs, make) / "values.npz"))
         return [[next(values) for _ in g.traces] for g in groups]
 
@@ -194,8 +143,9 @@ class Run:
         settings = dataclasses.replace(self.config, tracker="none", **(config or {}))
         inputs = {
             "method": slug,
+            "version": self.version_of(slug),
             "options": describe(objective),
-            "data": self.data_key() if on is None else data_key(groups, []),
+            "data": data_key(groups, []),
             "start": self.policy.identity(),
             "given": self._given(),
             "config": settings.trajectory(),
@@ -219,6 +169,8 @@ class Run:
             if lora and not hasattr(self.policy.model, "disable_adapter"):
                 lm.model = merge_lora(lm.model)
             save_model(lm, folder / "model")
+            for _, path in checkpoints(folder / "run"):  # several times the model, and of no use any more
+                shutil.rmtree(path, ignore_errors=True)
 
         self.updates += settings.total_steps(len(groups))
         folder = self.stage(f"{slug}-model", inputs, make, together=True)
@@ -238,17 +190,23 @@ class Run:
             ValueError: another vocabulary than the policy's.
         """
         same_vocabulary(self.policy, lm)
+        lm.model.to(self.policy.device)
         self.given = {**self.given, name: lm}
 
     def start_from(self, lm: LM) -> None:
         """See `protocols.Preparation`: the policy gets these weights, which are the reference too.
 
         Raises:
-            ValueError: another vocabulary or architecture, or a reference that was given.
+            ValueError: another vocabulary or architecture, a reference that was given, or a policy with an adapter.
         """
         same_vocabulary(self.policy, lm)
         if "reference" in self.given:
             raise ValueError(f"{self.slug} starts rounds from its own models; do not give it a reference")
+        if hasattr(self.policy.model, "disable_adapter"):
+            raise ValueError(f"{self.slug} trains in rounds, whose reference an adapter cannot be; leave lora out")
+        mine, theirs = ({k: tuple(v.shape) for k, v in m.model.state_dict().items()} for m in (self.policy, lm))
+        if mine != theirs:
+            raise ValueError(f"{lm.name or 'the other model'} is of another architecture than {self.policy.name}")
         self.policy.model.load_state_dict(lm.model.state_dict())
         self.policy.changed()
         self._reference = None
@@ -312,6 +270,10 @@ class Run:
         prepare = getattr(self.objective, "prepare", None)
         if prepare is not None:
             prepare(self)
+        without = [g.example.row for g in self.held_out if not g.traces]
+        if without:
+            self.report(f"{len(without)} held-out prompts (row {without[0]} first) have no response to evaluate")
+            self.held_out = [g for g in self.held_out if g.traces]
         live, wants = live_models(self.objective), self.objective.stats
         missing = [name for name in live if name != "reference" and name not in self.given]
         if missing:
@@ -361,7 +323,7 @@ class Run:
             "provenance": provenance(
                 models={"start": start, **self._given()},
                 seed=self.config.seed,
-                methods={self.slug: self.version},
+                methods={self.slug: self.version_of(self.slug)},
                 data=data_hash(g.example for g in self.groups),
             ),
         }
@@ -371,13 +333,6 @@ class Run:
                 write_json(self.out / RESULT, record)
         accelerator.wait_for_everyone()
         return record
-
-
-def data_key(groups: Sequence[Group], held_out: Sequence[Group]) -> str:
-    """Hash of encoded data: words, labels and scores, ids, and how much of it is trained on."""
-    every = [*groups, *held_out]
-    encoded = (key_of(t.prompt_ids, t.completion_ids) for g in every for t in g.traces)
-    return key_of([], [], data_hash(g.example for g in every), len(groups), *encoded)
 
 
 def save_model(lm: LM, folder: Path) -> None:

@@ -42,11 +42,11 @@ def live_models(objective: Any) -> tuple[str, ...]:
     computed once and cached)."""
     wanted = objective.stats
     whole = {w.partition(":")[2] for w in wanted["policy"] if w.startswith("kl_")}
+    fresh = hasattr(objective, "token_stats") or getattr(objective, "rollout", None) is not None
     return tuple(
         name
         for name in wanted
-        if name != "policy"
-        and (name != "reference" or name in whole or wanted[name] != {"logp"} or hasattr(objective, "token_stats"))
+        if name != "policy" and (name != "reference" or name in whole or wanted[name] != {"logp"} or fresh)
     )
 
 
@@ -154,6 +154,8 @@ class ObjectiveStep:
         self.state: nn.Module | None = make_state(policy.causal.config) if make_state else None
         self.inner = TokenStats(policy)
         self.accelerator = accelerator
+        if self.sampling is not None and _is_sharded(accelerator):
+            raise ValueError("sampling from sharded weights is not supported; launch with configs/ddp.yaml")
         self.module = self.inner if accelerator is None else _prepared(self.inner, policy.causal, accelerator)
         self.modules: dict[str, nn.Module] = {"policy": policy.model}
         if self.state is not None:  # never wrapped: an objective may use any of its attributes
@@ -193,14 +195,15 @@ class ObjectiveStep:
                 stats, order = self._statistics(self.module, together, groups)
                 batch = self._batch(stats["policy"], order, groups, counts=share > 0)
                 loss: Loss = self.objective.loss(stats, batch, self.state)
-                total = loss.sum * share
+                # what counts for nothing must be finite: 0 x inf would spoil the gradients
+                total = loss.sum * share if share else 0.0 * stats["policy"].logp_NT.sum()
                 for _ in range(idle if self.coupled else 0):
                     more = self.module(packs[0], self.live_needs, self.others, self.chunk_tokens)
                     total = total + 0.0 * more["policy"].logp_NT.sum()
                 if train:
                     (self.accelerator.backward if self.accelerator is not None else torch.Tensor.backward)(total)
             part = _result(loss, batch, share)
-            if train and not np.isfinite(part.loss):
+            if train and share and not np.isfinite(part.loss):
                 part.bad_rows = self._bad_rows([groups[g] for g in sorted({g for g, _ in order})])
             result.add(part)
         if train:
@@ -338,5 +341,7 @@ def _result(loss: Loss, batch: Batch, weight: float) -> StepResult:
     def number(x: Tensor | float) -> float:
         return float(x.detach()) if isinstance(x, Tensor) else float(x)
 
+    if not weight:
+        return StepResult(metrics={k: (0.0, 0.0) for k in loss.metrics})
     metrics = {k: (weight * number(a), weight * number(b)) for k, (a, b) in loss.metrics.items()}
-    return StepResult(weight * number(loss.sum), weight * number(loss.count), metrics, batch.rows if weight else ())
+    return StepResult(weight * number(loss.sum), weight * number(loss.count), metrics, batch.rows)

@@ -22,12 +22,20 @@ def completion_logps(models: Mapping[str, LM], traces: Sequence[Trace]) -> dict[
         For each model one float64 array (T,) a trace, in order; 0 on tokens that the policy did not emit.
 
     Raises:
-        ValueError: another tokenizer; an emitted token whose log-prob is not finite (says which).
+        ValueError: another tokenizer; a trace beyond the context; an emitted token whose log-prob is not finite (says
+            which).
     """
     first, *rest = models.values()
     for other in rest:
         same_vocabulary(first, other)
     same_tokenizer(first, traces)
+    for name, lm in models.items():
+        for i, trace in enumerate(traces):
+            if (size := len(trace.prompt_ids) + len(trace)) > lm.context:
+                raise ValueError(
+                    f"prompt and response of {where(trace, i)} take {size} tokens, more than the {lm.context} of the "
+                    f"context of {name}; cut the prompt (max_length), or take a scorer with a longer context"
+                )
     out: dict[str, list[np.ndarray]] = {name: [] for name in models}
     for name, lm in models.items():
         for i, stats in enumerate(completions_stats(lm, traces)):

@@ -72,6 +72,8 @@ class ContrastivePrompt:
             raise ValueError("a contrast has two prompts; give both better and worse, or neither")
         if self.better and self.better == self.worse:
             raise ValueError("better and worse are one prompt, so that every token reward is 0; give two")
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"max_length={self.max_length} leaves no token; give 1 or more, or None for the context")
         if (self.axis, self.draft) not in PROMPTS:
             known = ", ".join(dict.fromkeys(axis for axis, _ in PROMPTS))
             raise ValueError(f"axis={self.axis!r} is not one of {known}; prompts of your own go into better and worse")
@@ -179,5 +181,19 @@ def question_text(prompt: Any) -> str:
         return prompt
     turns: list[Mapping[str, Any]] = list(prompt)
     if len(turns) == 1:
-        return str(turns[0]["content"])
-    return "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns)
+        return _words(turns[0])
+    return "\n\n".join(f"{turn['role'].capitalize()}: {_words(turn)}" for turn in turns)
+
+
+def _words(turn: Mapping[str, Any]) -> str:
+    """What a turn says; a turn that only calls tools says nothing.
+
+    Raises:
+        ValueError: content with parts that are no text.
+    """
+    content = turn.get("content") or ""
+    if isinstance(content, str):
+        return content
+    if all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
+        return "".join(part["text"] for part in content)
+    raise ValueError(f"the {turn['role']} turn holds more than text; give the question as words (questions=...)")

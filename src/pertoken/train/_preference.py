@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -31,6 +32,33 @@ def log_sigmoid_loss(margin_B: Tensor, label_smoothing: float = 0.0) -> Tensor:
     if label_smoothing:
         losses = (1 - label_smoothing) * losses - label_smoothing * F.logsigmoid(-margin_B)
     return losses
+
+
+def refuse_infinite(what: str, values_NT: Tensor, stats: Stats, batch: Batch) -> None:
+    """Name the first emitted token of which a statistic is not finite.
+
+    Raises:
+        ValueError: there is one.
+    """
+    bad = stats.mask_NT & ~torch.isfinite(values_NT)
+    if bad.any():
+        n, t = bad.nonzero()[0].tolist()
+        row = f"row {batch.rows[n]}" if batch.rows else f"completion {n}"
+        raise ValueError(
+            f"the {what} of token {t} of {row} is {values_NT[n, t].item()}; "
+            "do not mask the vocabulary, or leave the row out"
+        )
+
+
+def refuse_unbounded(options: object, *names: str) -> None:
+    """Refuse options that are not finite.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for name in names:
+        if not math.isfinite(getattr(options, name)):
+            raise ValueError(f"{name}={getattr(options, name)} must be a finite number")
 
 
 def pair_metrics(

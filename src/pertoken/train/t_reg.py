@@ -33,7 +33,15 @@ from torch import Tensor, nn
 from ..core.data import Group
 from ..core.protocols import Batch, Loss, Preparation, as_scorer
 from ..core.stats import Stats, masked_mean, masked_sum
-from ._preference import LOGP, implicit_rewards, length_normalized_rewards, log_sigmoid_loss, pair_loss
+from ._preference import (
+    LOGP,
+    implicit_rewards,
+    length_normalized_rewards,
+    log_sigmoid_loss,
+    pair_loss,
+    refuse_infinite,
+    refuse_unbounded,
+)
 
 COLUMN = "token_reward"
 INERT = 0.01  # mean |rhat| below which the regulariser does next to nothing
@@ -123,8 +131,11 @@ class TReg:
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(known)}")
+        refuse_unbounded(self, "alpha", "beta", "gamma")
         if not self.beta > 0:
             raise ValueError(f"beta={self.beta} must be above 0")
+        if self.base == "simpo" and self.gamma < 0:
+            raise ValueError(f"gamma={self.gamma}: a target margin is not negative; 0.3 to 0.5 of beta")
         if not self.alpha >= 0:
             raise ValueError(f"alpha={self.alpha} must not be negative; to turn rhat round, swap better and worse")
 
@@ -153,7 +164,8 @@ class TReg:
         else:
             for group, values in zip(run.every, self._token_rewards(run), strict=True):
                 group.add_column(COLUMN, [v * trace.mask for v, trace in zip(values, group.traces, strict=True)])
-        _report(run, self.token_reward)
+        own = self.token_reward == "contrastive" and self.scorer is not None
+        _report(run, "scorer" if own else self.token_reward)
 
     def _token_rewards(self, run: Preparation) -> list[list[np.ndarray]]:
         if self.token_reward == "sft":
@@ -179,7 +191,7 @@ class TReg:
             ValueError: there is no column ``token_reward``; a log-prob that is not finite (says where).
         """
         for name in self.stats:
-            _check_finite(name, stats[name], batch)
+            refuse_infinite(f"{name}'s log-prob", stats[name].logp_NT, stats[name], batch)
         policy, simpo = stats["policy"], self.base == "simpo"
         rewards_N = length_normalized_rewards(stats, self.beta) if simpo else implicit_rewards(stats, self.beta)
         margin_B = rewards_N[batch.chosen] - rewards_N[batch.rejected]
@@ -213,17 +225,6 @@ def _check_column(groups: list[Group]) -> None:
                 f"token_reward='credit' needs the column {COLUMN!r} with one value a token, which row "
                 f"{group.example.row} lacks; score the data and add it: group.add_column({COLUMN!r}, [c.values ...])"
             )
-
-
-def _check_finite(name: str, stats: Stats, batch: Batch) -> None:
-    bad = stats.mask_NT & ~torch.isfinite(stats.logp_NT)
-    if bad.any():
-        n, t = bad.nonzero()[0].tolist()
-        row = f"row {batch.rows[n]}" if batch.rows else f"completion {n}"
-        raise ValueError(
-            f"the {name}'s log-prob of token {t} of {row} is {stats.logp_NT[n, t].item()}; "
-            "do not mask the vocabulary, or leave the row out"
-        )
 
 
 def _report(run: Preparation, source: str) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ..core.protocols import Batch, Loss
 from ..core.stats import Stats, masked_sum
-from ._preference import LOGP, implicit_rewards, log_sigmoid_loss, pair_loss
+from ._preference import LOGP, implicit_rewards, log_sigmoid_loss, pair_loss, refuse_unbounded
 
 KL = "kl_forward:reference"
 
@@ -37,6 +37,8 @@ def tdpo_logits(
     u_chosen: Tensor, u_rejected: Tensor, kl_chosen: Tensor, kl_rejected: Tensor, alpha: float, variant: str
 ) -> Tensor:
     """What beta multiplies, shape (B,), from log-ratios u and forward KLs D, both summed over tokens, in nats."""
+    if variant == "tdpo2" and alpha == 0:  # DPO, whatever the KLs are
+        return u_chosen - u_rejected
     if variant == "tdpo1":
         return (u_chosen - u_rejected) - (kl_rejected - kl_chosen)
     return (u_chosen - u_rejected) - alpha * (kl_rejected - kl_chosen.detach())
@@ -72,6 +74,7 @@ class TDPO:
     models: ClassVar[tuple[str, ...]] = ("reference",)
 
     def __post_init__(self) -> None:
+        refuse_unbounded(self, "alpha", "beta")
         if not self.beta > 0:
             raise ValueError(f"beta={self.beta} must be above 0")
         if not self.alpha >= 0:
@@ -85,10 +88,12 @@ class TDPO:
         return {"policy": LOGP | {KL}, "reference": LOGP}
 
     def loss(self, stats: Mapping[str, Stats], batch: Batch, state: nn.Module | None = None) -> Loss:
-        """Mean over pairs."""
+        """Mean over pairs. An infinite KL (a vocabulary that is masked for the policy alone) makes the loss NaN, so
+        that the loop stops, saves and names the row; on the chosen side it would pass for a pair without loss."""
         policy = stats["policy"]
         u_N = implicit_rewards(stats, 1.0)
         kl_N = masked_sum(policy.extra[KL], policy.mask_NT)
+        kl_N = torch.where(torch.isfinite(kl_N), kl_N, torch.nan)
         if self.length_normalize:
             length_N = policy.lengths().clamp(min=1)
             u_N, kl_N = u_N / length_N, kl_N / length_N
