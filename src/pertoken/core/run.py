@@ -19,7 +19,7 @@ import torch
 
 from .adapters import merge_lora
 from .cache import ArrayCache, key_of, remember
-from .checkpoint import checkpoints, refuse_other_run, whole
+from .checkpoint import checkpoints, refuse_other_run, save_state, whole
 from .data import Group
 from .describe import describe
 from .lm import LM, load, same_vocabulary
@@ -367,6 +367,7 @@ class Run:
         if final:
             save_model(self.policy, self.out / "model")
             if main:
+                save_state(step.state, self.out)
                 write_json(self.out / RESULT, record)
         accelerator.wait_for_everyone()
         return record
