@@ -13,7 +13,7 @@ states is the ceiling: a weight comes from the state BEFORE its token, so neithe
 one is expected. Accuracy is that of the policy alone: held-out pairs with a higher log-ratio of the chosen side;
 `loss_accuracy` is what each loss itself asks for, masked log-ratio plus masked KL. Both are held to the bound.
 
-    python examples/sparsepo.py          about two minutes, three seeds
+    python examples/sparsepo.py          about three minutes, three seeds
     python examples/sparsepo.py --full   SmolLM2 on film replies, slots are the words of VADER's lexicon (hours)
 
 Acceptance (specification), medians of the seeds: AUC >= 0.85 (SmolLM2: 0.60) at a sparsity of 30 to 95 %, at least 0.05
@@ -99,7 +99,7 @@ def main(options: Options) -> None:
     world = _smollm2(out) if options.full else _slots()
     own = {"beta": world.beta, "sharing": "independent"}
     masked = {
-        "sparsepo": SparsePO(**own, l1_u=0.002, network=Network(lr_factor=10.0)),
+        "sparsepo": SparsePO(**own, l1_u=0.002, network=Network(mask_lr_factor=10.0)),
         "sparsepo defaults": SparsePO(**own),
     }
     arms = {

@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 
+from pertoken.api import TrainOptions
 from pertoken.catalog import about, methods
 from pertoken.core.step import ObjectiveStep
 from tests import tiny
@@ -124,6 +125,19 @@ def test_options(row):
     data = json.loads(json.dumps(dataclasses.asdict(objective)))
     assert rebuild(cls, data) == objective
     assert hash(rebuild(cls, data)) == hash(objective)
+
+
+@every_row
+def test_flags_are_told_apart(row):
+    """The command line has one flag a field, nested ones too, beside those of every run."""
+
+    def flags(options):
+        for field in dataclasses.fields(options):
+            value = getattr(options, field.name)
+            yield from flags(value) if dataclasses.is_dataclass(value) else [field.name]
+
+    names = [*flags(variants(row)[0]), *flags(TrainOptions())]
+    assert not {name for name in names if names.count(name) > 1}
 
 
 @every_row

@@ -282,7 +282,7 @@ def test_margins_are_of_absolute_differences_and_accuracy_is_strict():
 
 
 def test_they_start_alive_and_biases_do_not_decay():
-    objective = SparsePO(sharing="independent", network=Network(lr_factor=10.0, weight_decay=0.03))
+    objective = SparsePO(sharing="independent", network=Network(mask_lr_factor=10.0, mask_weight_decay=0.03))
     state = objective.init_state(CONFIG)
     assert state is not None and set(state.nets) == {"u", "d"} and state.nets["u"] is not state.nets["d"]
     assert all(torch.equal(net.mixer.weight, torch.full((1, 2), 0.5)) for net in state.nets.values())
@@ -302,7 +302,7 @@ def test_they_start_alive_and_biases_do_not_decay():
 
 
 def test_dropout_is_in_training_only():
-    objective = SparsePO(network=Network(dropout=0.5))
+    objective = SparsePO(network=Network(mask_dropout=0.5))
     state = constant(nets(objective), both=1.0)
     hidden, like = torch.randn(2, 300, 3, 32).double(), torch.zeros(2, 300).double()
     assert torch.equal(state(("u",), hidden, like)["u"], torch.ones_like(like))
@@ -313,7 +313,7 @@ def test_dropout_is_in_training_only():
 
 
 def test_a_dead_network_stops_the_run():
-    objective = SparsePO(sharing="independent", network=Network(patience=3, dropout=0.0))
+    objective = SparsePO(sharing="independent", network=Network(patience=3, mask_dropout=0.0))
     state = constant(nets(objective), d=0.0).train()
     for _ in range(2):
         run(objective, state)
@@ -350,7 +350,7 @@ def test_learned_masks_are_saved_beside_the_model_and_read_as_credit(tmp_path):
     lm = exact_lm()
     groups = pairs_of(lm)
     reference = lm.reference()
-    objective = SparsePO(beta=0.5, sharing="independent", l1_u=0.01, network=Network(lr_factor=10.0))
+    objective = SparsePO(beta=0.5, sharing="independent", l1_u=0.01, network=Network(mask_lr_factor=10.0))
     settings = config(steps=2, save_every=1, seed=2)
     one = Run(
         slug="sparsepo",
@@ -412,13 +412,13 @@ def test_what_runs_live_and_options():
     assert SparsePO().stats["reference"] == {"logp", "hidden_all"}
     assert SparsePO(mask="ml_last").stats["reference"] == {"logp", "hidden"}
     assert (SparsePO().beta, SparsePO().sharing, SparsePO().mask) == (0.1, "common", "simple_all")
-    assert dataclasses.asdict(Network()) == {"dropout": 0.01, "lr_factor": 1.0, "weight_decay": 0.01, "patience": 50}
+    assert dataclasses.astuple(Network()) == (0.01, 1.0, 0.01, 50)
     wrong = {"beta": 0.0, "mask": "deep", "sharing": "half", "l1_u": -1.0, "normalize_mask": "sum"}
     for name, value in wrong.items():
         with pytest.raises(ValueError, match=name):
             SparsePO(**{name: value})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="dropout"):
-        SparsePO(network=Network(dropout=1.0))
+        SparsePO(network=Network(mask_dropout=1.0))
 
 
 def test_sides_that_are_off_and_other_tokenizers():

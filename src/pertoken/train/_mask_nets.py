@@ -115,6 +115,6 @@ class MaskNets(nn.Module):
             if self.patience and int(self.dead[i]) >= self.patience:
                 raise ValueError(
                     f"the mask network {name!r} gave every token the weight 0 for {int(self.dead[i])} updates, so it "
-                    "has no gradient and the loss cannot move it: lower l1_u and l1_d or network.lr_factor, take "
+                    "has no gradient and the loss cannot move it: lower l1_u and l1_d or mask_lr_factor, take "
                     "another seed, or switch that mask off"
                 )

@@ -17,7 +17,7 @@ itself, so that a map drawn from it says "a token that matters is expected here"
 
 Differs from the authors' code: mixer weights start at 1/L, where negative ones may make a network that is 0 for ever;
 unweighted KLs leave prompt and padding out; `random` masks are 0.5 in evaluation; the inner dropout of `ml_*` is 0.1 as
-there, all others are `network.dropout`. The LayerNorm's scale is without weight decay, as all biases are: as there.
+there, all others are `mask_dropout`. The LayerNorm's scale is without weight decay, as all biases are: as there.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ def mean_one(weights_NT: Tensor, mask_NT: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """How the mask networks are trained."""
+    """How the mask networks are trained (names are flags of the command line, beside the policy's)."""
 
-    dropout: float = 0.01
+    mask_dropout: float = 0.01
     """Dropout after each ReLU."""
-    lr_factor: float = 1.0
+    mask_lr_factor: float = 1.0
     """Multiple of the policy's learning rate."""
-    weight_decay: float = 0.01
+    mask_weight_decay: float = 0.01
     """Weight decay, of weights alone."""
     patience: int = 50
     """Updates in a row without a single weight above 0 after which training stops with an error; 0: never."""
@@ -103,8 +103,9 @@ class SparsePO:
             raise ValueError(f"beta={self.beta} must be above 0")
         if not (self.l1_u >= 0 and self.l1_d >= 0):
             raise ValueError(f"l1_u={self.l1_u} and l1_d={self.l1_d} must not be negative, which would reward weight")
-        if not (0 <= self.network.dropout < 1 and self.network.lr_factor > 0 and self.network.weight_decay >= 0):
-            raise ValueError("network: 0 <= dropout < 1, lr_factor > 0 and weight_decay >= 0 are needed")
+        own = self.network
+        if not (0 <= own.mask_dropout < 1 and own.mask_lr_factor > 0 and own.mask_weight_decay >= 0):
+            raise ValueError("0 <= mask_dropout < 1, mask_lr_factor > 0 and mask_weight_decay >= 0 are needed")
 
     @property
     def sides(self) -> tuple[str, ...]:
@@ -126,10 +127,10 @@ class SparsePO:
         text = config.get_text_config()
         eps = next((float(getattr(text, name)) for name in _EPS if getattr(text, name, None)), 1e-5)
         names = ("both",) if self.sharing == "common" and len(self.sides) == 2 else self.sides
-        make = lambda: MaskNet(self.mask, text.num_hidden_layers, text.hidden_size, eps, self.network.dropout)
         own = self.network
+        make = lambda: MaskNet(self.mask, text.num_hidden_layers, text.hidden_size, eps, own.mask_dropout)
         nets = {name: make() for name in names}
-        return MaskNets(nets, own.lr_factor, own.weight_decay, own.patience) if nets else None
+        return MaskNets(nets, own.mask_lr_factor, own.mask_weight_decay, own.patience) if nets else None
 
     def loss(self, stats: Mapping[str, Stats], batch: Batch, state: nn.Module | None = None) -> Loss:
         """Mean over pairs.
