@@ -76,6 +76,7 @@ class World:
     config: LoopConfig
     beta: float
     auc: float  # that is to be reached
+    probed: int = 400  # training pairs that the probe learns from
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ def probe(reference: LM, world: World, traces: Sequence[Trace], truths: Sequence
     def labels(some: Sequence[Trace], known: Sequence[np.ndarray]) -> np.ndarray:
         return np.concatenate([v[t.mask] != 0 for t, v in zip(some, known, strict=True)])
 
-    learnt = [t for g in world.train[:400] for t in g.traces]
+    learnt = [t for g in world.train[: world.probed] for t in g.traces]
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
     model.fit(states(learnt), labels(learnt, [world.truth(t) for t in learnt]))
     return float(roc_auc_score(labels(traces, truths), model.decision_function(states(traces))))
@@ -275,6 +276,7 @@ def _smollm2(out: Path) -> World:
         config,
         beta=0.1,
         auc=0.60,
+        probed=60,  # 30 layers of 576 numbers a token
     )
 
 

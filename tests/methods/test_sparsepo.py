@@ -395,6 +395,16 @@ def test_learned_masks_are_saved_beside_the_model_and_read_as_credit(tmp_path):
         LearnedMask(run=tmp_path, reference=reference).score(traces)
 
 
+def test_credit_is_the_same_some_at_a_time(monkeypatch):
+    lm, objective = exact_lm(), SparsePO()
+    traces = [t for group in GROUPS for t in group.traces]
+    whole = mask_credit(objective, nets(objective, 2), lm, traces)
+    monkeypatch.setattr("pertoken.train.sparsepo._TOGETHER", 3)
+    for a, b in zip(whole, mask_credit(objective, nets(objective, 2), lm, traces), strict=True):
+        assert a.trace is b.trace
+        np.testing.assert_allclose(a.values, b.values, atol=1e-10)
+
+
 def test_a_weight_sees_its_left_context_alone():
     lm, objective = exact_lm(), SparsePO()
     here, there = lm.trace_of_ids([5, 6], [7, 8, 9]), lm.trace_of_ids([5, 6], [7, 8, 20])

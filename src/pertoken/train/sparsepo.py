@@ -22,7 +22,7 @@ there, all others are `mask_dropout`. The LayerNorm's scale is without weight de
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -42,6 +42,7 @@ from ._mask_nets import Kind, MaskNet, MaskNets
 from ._preference import LOGP
 from ._token_masks import KL, READS, mask_metrics, masked_loss
 
+_TOGETHER = 64  # traces whose hidden states exist together
 _SIDES = {"reward": "u", "kl": "d"}
 _EPS = ("layer_norm_epsilon", "layer_norm_eps", "rms_norm_eps", "norm_eps", "norm_epsilon")
 
@@ -160,6 +161,13 @@ class SparsePO:
         return result
 
 
+def _each(reference: LM, traces: Sequence[Trace], wants: frozenset[str]) -> Iterator[tuple[Trace, dict[str, Any]]]:
+    """Traces with their statistics, some at a time: the states of all layers are large."""
+    for start in range(0, len(traces), _TOGETHER):
+        some = traces[start : start + _TOGETHER]
+        yield from zip(some, completions_stats(reference, some, wants), strict=True)
+
+
 def mask_credit(
     objective: SparsePO, state: MaskNets, reference: LM, traces: Sequence[Trace], side: str = "reward"
 ) -> list[Credit]:
@@ -178,7 +186,7 @@ def mask_credit(
             raise ValueError(f"trace {i} is of another tokenizer than the reference; encode its text with lm.trace")
     was, credits = state.training, []
     state.eval()
-    for trace, stats in zip(traces, completions_stats(reference, traces, wants), strict=True):
+    for trace, stats in _each(reference, traces, wants):
         like_NT = torch.zeros((1, len(trace)), dtype=torch.float64, device=reference.device)
         hidden = torch.from_numpy(stats[objective.reads])[None].to(reference.device) if objective.reads else None
         with torch.no_grad():
