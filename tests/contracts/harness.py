@@ -49,11 +49,21 @@ def _seed(name: str) -> int:
 
 @lru_cache(maxsize=32)
 def state_of(objective: Any) -> nn.Module | None:
-    """The objective's own module, made once; whoever trains it takes a copy."""
+    """The objective's own module, made once; whoever trains it takes a copy.
+
+    In evaluation mode: there is no chance in it, so that what a `stochastic` method computes can be checked, too.
+    """
     make = getattr(objective, "init_state", None)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return make(model("policy").causal.config).double() if make else None
+        state = make(model("policy").causal.config) if make else None
+        return state.double().eval() if state is not None else None
+
+
+def draws(row: Method, objective: Any) -> bool:
+    """Whether passes of an objective differ by chance: a method that is `stochastic`, unless all its chance is in its
+    module, which draws nothing in evaluation mode."""
+    return row.stochastic and not hasattr(objective, "init_state")
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,11 @@ import re
 import pytest
 import torch
 
+from pertoken.api import TrainOptions
 from pertoken.catalog import about, methods
 from pertoken.core.step import ObjectiveStep
 from tests import tiny
-from tests.contracts.harness import KINDS, Pass, make_groups, model, objective_pass, rebuild, state_of, variants
+from tests.contracts.harness import KINDS, Pass, draws, make_groups, model, objective_pass, rebuild, state_of, variants
 
 ROWS = [row for row in methods() if row.room == "train" and importlib.util.find_spec(row.path.partition(":")[0])]
 CASES = [(row, objective) for row in ROWS for objective in variants(row)]
@@ -43,7 +44,7 @@ def same(a, b):
 @every_variant
 def test_parts_of_a_batch_add_up_to_the_batch(row, objective):
     """Batch = one by one, and 8 x 1 = 1 x 8 accumulation, by sums and counts."""
-    if row.stochastic or getattr(objective, "batch_coupled", False):
+    if draws(row, objective) or getattr(objective, "batch_coupled", False):
         pytest.skip("the rows of a batch are coupled, or chance is")
     groups = make_groups(objective, n=8)
     parts = [objective_pass(objective, [group]) for group in groups]
@@ -53,7 +54,7 @@ def test_parts_of_a_batch_add_up_to_the_batch(row, objective):
 @every_variant
 def test_layout_does_not_matter(row, objective):
     """Packed = flat, padding on either side, any chunk size, any order of the examples; loss, gradients and metrics."""
-    if row.stochastic:
+    if draws(row, objective):
         pytest.skip("draws random numbers")
     groups = make_groups(objective)
     flat = objective_pass(objective, groups, tree="never")
@@ -127,6 +128,19 @@ def test_options(row):
 
 
 @every_row
+def test_flags_are_told_apart(row):
+    """The command line has one flag a field, nested ones too, beside those of every run."""
+
+    def flags(options):
+        for field in dataclasses.fields(options):
+            value = getattr(options, field.name)
+            yield from flags(value) if dataclasses.is_dataclass(value) else [field.name]
+
+    names = [*flags(variants(row)[0]), *flags(TrainOptions())]
+    assert not {name for name in names if names.count(name) > 1}
+
+
+@every_row
 def test_row_and_objective_agree(row):
     objective = variants(row)[0]
     assert objective.data == row.data and row.data in KINDS
@@ -147,7 +161,10 @@ def test_the_loops_step_computes_the_same(row):
     step = ObjectiveStep(objective, policy, groups, others=others, max_tokens=40)
     state = state_of(objective)
     if state is not None and step.state is not None:
-        step.state.load_state_dict(state.state_dict())
+        step.state.double().load_state_dict(state.state_dict())
+        for module in step.state.modules():  # the step trains in training mode, the harness in evaluation mode
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
     found = step.run(list(range(len(groups))), train=True)
     weights = [p for module in step.modules.values() for p in module.parameters() if p.requires_grad]
     grads = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in weights])

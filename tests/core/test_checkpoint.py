@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from pertoken.core import checkpoint
-from pertoken.core.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from pertoken.core.checkpoint import STATE, checkpoints, load_checkpoint, save_checkpoint, save_state, saved_state
+from pertoken.core.record import write_json
 from tests.core.training import largest_difference
 from tests.methods.one_pass import exact_lm
 
@@ -141,3 +142,38 @@ def test_a_full_disk_leaves_the_last_one(tmp_path, monkeypatch):
     fresh = {"policy": exact_lm(5).model, "state": State()}
     load_checkpoint(good, fresh)
     assert largest_difference(before, everything(fresh)) == 0
+
+
+def test_what_an_objective_learnt_is_saved_beside_the_model(tmp_path):
+    module = nn.Linear(2, 3)
+    module.register_buffer("steps", torch.tensor(7))
+    save_state(None, tmp_path)
+    save_state(nn.ReLU(), tmp_path)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="holds no trained run"):
+        saved_state(tmp_path)
+    save_state(module, tmp_path)
+    models = {"start": {"name": "a"}, "reference": {"name": "b"}}
+    write_json(tmp_path / "results.json", {"method": "m", "options": {"beta": 1}, "provenance": {"models": models}})
+    made, tensors = saved_state(tmp_path)
+    assert made == {
+        "method": "m",
+        "options": {"beta": 1},
+        "start": {"name": "a"},
+        "given": {"reference": {"name": "b"}},
+    }
+    other = nn.Linear(2, 3)
+    other.register_buffer("steps", torch.tensor(0))
+    other.load_state_dict(tensors)
+    assert torch.equal(other.weight, module.weight) and int(other.steps) == 7
+    (tmp_path / STATE).unlink()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    path = save_checkpoint(tmp_path, 5, {"policy": nn.Linear(1, 1)}, optimizer, {"method": "m"})
+    with pytest.raises(ValueError, match="learnt nothing beside the model"):
+        saved_state(tmp_path)
+    path = save_checkpoint(tmp_path, 6, {"policy": nn.Linear(1, 1), "state": module}, optimizer, {"method": "m"})
+    for folder in (tmp_path, path):  # the newest checkpoint of a run, or the one that is named
+        made, tensors = saved_state(folder)
+        assert made == {"method": "m", "options": {}, "start": {}, "given": {}} and torch.equal(
+            tensors["weight"], module.weight
+        )

@@ -123,6 +123,13 @@ def test_terminal_says_in_numbers_what_it_says_in_colour():
     assert "“good” +0.5, “bad” −0.25" in text
 
 
+def test_what_a_credit_reads_is_said_wherever_it_is_drawn():
+    learnt = credit(cut(" a"), [1], kind="weight", meta={"reads": "the state before each token"})
+    assert "reads the state before each token" in " ".join(printed(learnt).split())
+    assert "reads the state before each token" in Tree(heatmap_html(learnt)).text
+    assert "reads" not in printed(credit(cut(" a"), [1]))
+
+
 def test_terminal_colours_by_sign_and_leaves_zero_alone():
     text = printed(credit(cut("p", "n", "z"), [1, -1, 0]), force_terminal=True, color_system="truecolor")
     first = text.splitlines()[0]

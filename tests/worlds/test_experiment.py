@@ -1,13 +1,14 @@
 """Pairs of a world keep the ids that were sampled; skipped prompts are counted."""
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 
 from pertoken.core.rollout import Sampling, sample
-from pertoken.worlds.experiment import GrammarPairs, best_and_worst
-from pertoken.worlds.grammar import GRAMMARS
+from pertoken.worlds.experiment import GrammarPairs, best_and_worst, labelled_pairs
+from pertoken.worlds.grammar import GRAMMARS, prompts
 from tests import tiny
 
 
@@ -55,3 +56,21 @@ def test_truth_stands_on_every_token(ended):
     truth = world.truth(trace)
     assert truth.shape == (len(trace),)
     np.testing.assert_array_equal(truth, [0, grammar.lexicon[word], 0] + [0] * ended)
+
+
+def test_labelled_pairs_are_texts_of_both_labels_after_one_prompt(tmp_path, monkeypatch):
+    small = dataclasses.replace(GRAMMARS["slots45"], steps=2, batch=4)
+    monkeypatch.setitem(GRAMMARS, "slots45", small)
+    monkeypatch.setenv("PERTOKEN_CACHE", str(tmp_path))
+    world = labelled_pairs("slots45", n_train=60, n_held_out=20, progress=False)
+    assert (len(world.train), len(world.held_out)) == (60, 20)
+    asked = [{g.example.prompt for g in side} for side in (world.train, world.held_out)]
+    assert asked[0] <= {*prompts(small)["train"]} and asked[1] <= {*prompts(small)["test"]}
+    for group in world.train:
+        chosen, rejected = group.pair
+        assert chosen.ended and chosen.completion_ids != rejected.completion_ids
+        assert group.example.scores == (world.truth(chosen).sum(), world.truth(rejected).sum())
+    scores = np.array([g.example.scores for g in world.train])
+    assert (scores[:, 0] > scores[:, 1]).mean() > 0.8  # nine slot words of ten match the label
+    again = labelled_pairs("slots45", n_train=5, n_held_out=1, progress=False)
+    assert [g.traces[0].completion_ids for g in again.train] == [g.traces[0].completion_ids for g in world.train[:5]]

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pertoken.worlds._tiny_lm import cached_folder
 from pertoken.worlds.grammar import GRAMMARS, Grammar, prompts, to_text, train_lm
 
-REVIEWS, LEXICON64 = GRAMMARS["reviews"], GRAMMARS["lexicon64"]
+REVIEWS, LEXICON64, SLOTS45 = (GRAMMARS[name] for name in ("reviews", "lexicon64", "slots45"))
 TOY = Grammar(  # eight texts a prompt at most: small enough to enumerate
     name="toy",
     slots={"X": "X"},
@@ -74,7 +74,7 @@ def test_credit_is_not_a_bag_of_words_in_reviews_and_is_one_in_lexicon64():
         assert LEXICON64.credit(review.completion).tolist() == by_word
 
 
-@pytest.fixture(params=[REVIEWS, LEXICON64], ids=lambda grammar: grammar.name)
+@pytest.fixture(params=[REVIEWS, LEXICON64, SLOTS45], ids=lambda grammar: grammar.name)
 def grammar(request):
     return request.param
 
@@ -95,7 +95,8 @@ def test_every_review_is_a_function_of_the_generator(grammar):
 
 def test_polarity_tilts_the_mean_score_and_both_signs_occur_without_it(grammar):
     # 400 reviews of standard deviation < 2.5: the standard error of a mean is < 0.13 and the true means are 0 and
-    # about +-1.4 (reviews), +-2.7 (lexicon64), so a bound is 5 errors away: false alarm < 1e-6 for a random seed.
+    # about +-1.4 (reviews), +-2.7 (lexicon64), +-1.6 (slots45), so a bound is 5 errors away: false alarm < 1e-6 for a
+    # random seed.
     scores = {
         p: [grammar.score(r.completion) for r in drawn(grammar, 400, 7, p)] for p in (None, "positive", "negative")
     }
@@ -128,6 +129,27 @@ def test_text_and_ids_round_trip(grammar):
 def test_lexicon64_is_the_language_of_its_specification():
     assert len(LEXICON64.vocabulary) == 64
     assert {len(review.completion) + 1 for review in drawn(LEXICON64, 100)} == {24}  # with <eos>
+
+
+def test_slots45_is_the_language_of_its_specification():
+    assert len(SLOTS45.vocabulary) == 45
+    right = []
+    for polarity, sign in (("positive", 1), ("negative", -1)):
+        for review in drawn(SLOTS45, 500, 5, polarity):
+            credit = SLOTS45.credit(review.completion)
+            assert np.count_nonzero(credit) == 2  # one slot a sentence, and nothing else shows the label
+            right += (credit[credit != 0] == sign).tolist()
+            for i in np.flatnonzero(credit):
+                assert review.completion[i - 1] in ("very", "the")
+    assert abs(np.mean(right) - 0.9) < 0.035  # 5 standard errors: false alarm < 1e-6 for a random seed
+
+
+def test_a_completion_of_a_prompt(grammar):
+    (prompt, _), rng = drawn(grammar, 1, 6)[0], np.random.default_rng(1)
+    said = {grammar.complete(prompt, rng, polarity) for polarity in (None, "positive", "negative") for _ in range(9)}
+    assert len(said) > 9 and all(grammar.logprob(prompt, words) > -200 for words in said)
+    with pytest.raises(ValueError, match="is no prompt"):
+        grammar.complete("hello", rng)
 
 
 @pytest.mark.parametrize("polarity", [None, "positive", "negative"])

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .record import read_json, write_json
 
 RESULT = "results.json"
+STATE = "state.safetensors"
 _NAME = re.compile(r"^checkpoint-(\d+)$")
 
 
@@ -157,6 +158,44 @@ def load_checkpoint(
             name, _, key = joint.partition("|")
             optimizer.state[kept[name]][key] = value if key == "step" else _like(value, kept[name])
     return read_json(path / "state.json")
+
+
+def save_state(module: nn.Module | None, folder: Path) -> None:
+    """Write what an objective learnt in a module of its own beside the model; nothing, if there is no such thing."""
+    tensors = _kept({"state": module}) if module is not None else {}
+    if tensors:
+        save_file({name: whole(t) for name, t in tensors.items()}, Path(folder) / STATE)
+
+
+def saved_state(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a run knew of its objective's own module.
+
+    Args:
+        folder: of a finished run, of one that was stopped (its newest checkpoint is read), or one of its checkpoints.
+
+    Returns:
+        What the run was made with (``method``, ``options``, ``start`` and ``given``: its models), and the module's
+        tensors by name.
+
+    Raises:
+        ValueError: no run is there, or its objective had no module.
+    """
+    folder = Path(folder)
+    if (folder / RESULT).exists() and (folder / STATE).exists():
+        record, tensors = read_json(folder / RESULT), load_file(folder / STATE)
+        models = dict(record["provenance"]["models"])
+        made = {"method": record["method"], "options": record["options"], "start": models.pop("start"), "given": models}
+    else:
+        found = checkpoints(folder)
+        path = found[-1][1] if found else folder
+        if not (path / "weights.safetensors").exists():
+            raise ValueError(f"{folder} holds no trained run; name the folder that a run was written to")
+        tensors, record = load_file(path / "weights.safetensors"), read_json(path / "state.json")
+        made = {key: record.get(key) or {} for key in ("method", "options", "start", "given")}
+    own = {n.removeprefix("state."): t for n, t in tensors.items() if n.startswith("state.")}
+    if not own:
+        raise ValueError(f"the run in {folder} (method {made['method']}) learnt nothing beside the model")
+    return made, own
 
 
 def _kept(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ import torch
 
 from .adapters import merge_lora
 from .cache import ArrayCache
-from .checkpoint import checkpoints, refuse_other_run, whole
+from .checkpoint import checkpoints, refuse_other_run, save_state, whole
 from .completions import add_reference_logps, completions_stats, data_key
 from .data import Group, check_data
 from .describe import describe
@@ -330,6 +330,7 @@ class Run:
         if final:
             save_model(self.policy, self.out / "model")
             if main:
+                save_state(step.state, self.out)
                 write_json(self.out / RESULT, record)
         accelerator.wait_for_everyone()
         return record

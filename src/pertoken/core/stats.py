@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .capture import HOW, Captures
 from .head import DESCRIPTIVE, Head, describe, kl_divergence, log_probs
 from .packing import Pack
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 Joint = Callable[[dict[str, Tensor], Tensor], dict[str, Tensor]]
 
 STATISTICS = ("logp", *DESCRIPTIVE, "hidden", "hidden_all")
+_PREFIXES = ("module:", "kl_forward:", "kl_reverse:", *(f"{how}:" for how in HOW))
 _CHUNK_ELEMENTS = 1 << 24  # logits of one chunk: 64 MB in float32
 
 
@@ -42,7 +44,8 @@ class Stats:
         extra: other statistics by name, each of shape (N, T) or (N, T, ...): ``entropy`` (nats), ``top1`` (id),
             ``top1_logp``, ``rank`` (0 is the likeliest), ``sumsq`` (sum of squared probabilities), ``hidden``
             (N, T, H), ``hidden_all`` (N, T, L+1, H), ``kl_forward:OTHER`` = KL(other || this), ``kl_reverse:OTHER`` =
-            KL(this || other), captured modules by their name, and whatever the objectives' joints returned.
+            KL(this || other), captured modules by their name, ``mean:NAMES`` and ``sigmoid:NAMES`` (N, T, K), one
+            number of each of K modules (`capture`), and whatever the objectives' joints returned.
             ``stats.entropy_NT`` is ``stats.extra["entropy"]``; so with _NTH and _NTLH.
     """
 
@@ -73,7 +76,8 @@ class Needs:
 
     Attributes:
         stats: model name -> statistics. ``kl_forward:reference`` on the policy is KL(reference || policy);
-            ``kl_reverse:reference`` is KL(policy || reference); ``module:NAME`` captures a module's output.
+            ``kl_reverse:reference`` is KL(policy || reference); ``module:NAME`` captures a module's output;
+            ``mean:NAMES`` that of many, reduced over features (`capture`; also ``sigmoid:NAMES``; no gradients).
         joints: functions of several models' logits at one position, by name of who asked: {model: (chunk, V)} and ids
             (chunk,) -> {statistic: (chunk,)}. They see the logits of every model in `stats`.
 
@@ -86,13 +90,11 @@ class Needs:
 
     def __post_init__(self):
         for name, wants in self.stats.items():
-            odd = [
-                w for w in wants if w not in STATISTICS and not w.startswith(("module:", "kl_forward:", "kl_reverse:"))
-            ]
+            odd = [w for w in wants if w not in STATISTICS and not w.startswith(_PREFIXES)]
             if odd:
                 raise ValueError(
                     f"{', '.join(sorted(odd))} wanted of {name}: not one of {', '.join(STATISTICS)}, kl_forward:MODEL, "
-                    "kl_reverse:MODEL, module:NAME"
+                    "kl_reverse:MODEL, module:NAME, mean:NAMES, sigmoid:NAMES"
                 )
 
     @classmethod
@@ -237,12 +239,15 @@ def _forward(causal: Any, pack: Pack, predict_M: Tensor, wants: frozenset[str]) 
                     layers.append(take(args[0] if args else kwargs["hidden_states"]))
 
                 stack.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
+        reduced = [w for w in sorted(wants) if w.partition(":")[0] in HOW]
+        captures = Captures(causal, reduced, pack.input_ids_RC.shape, gather, stack)
         last = gather(causal.base_model(**inputs).last_hidden_state)
     if not early:
         taken, layers = {path: gather(output) for path, output in taken.items()}, [gather(x) for x in layers]
     idle = [key for path, key in modules.items() if path not in taken]
     if idle:
         raise ValueError(f"{', '.join(idle)} did not run in the backbone; ask for a module inside of it")
+    taken |= captures.values()
     if "hidden_all" in wants:
         taken["hidden_all"] = torch.stack([*layers, last], dim=1)  # embeddings, layers 1..L-1, normed last: (M, L+1, H)
     if "hidden" in wants:

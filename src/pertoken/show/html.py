@@ -92,6 +92,7 @@ def _row(credit: Credit, name: str, shared: float) -> str:
     how = "sum" if credit.extensive else "mean"
     level = "" if credit.level == "token" else f", {credit.level} level"
     about = f"{credit.kind}{level} · {how} {number(credit.reduce(how), credit, digits=3)}"
+    about += f" · reads {credit.meta['reads']}" if "reads" in credit.meta else ""
     legend = _legend(credit, shared, "ls" if own != shared else "")
     legend += _legend(credit, own, "lo") if own != shared else ""
     who = f'<div class="pt-who">{escape(name)}<small>{escape(about)}</small>{legend}</div>'

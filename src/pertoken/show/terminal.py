@@ -66,6 +66,7 @@ def _legend(credit: Credit) -> Text:
     how = "sum" if credit.extensive else "mean"
     about = [f"{how} {number(credit.reduce(how), credit, 3)}", f"{len(credit.values)} tokens"]
     about += [f"{credit.method} {credit.kind}".strip(), *([] if credit.level == "token" else [f"{credit.level} level"])]
+    about += [f"reads {credit.meta['reads']}"] if "reads" in credit.meta else []
     out.append("   " + " · ".join(about))
     tokens = shown(credit.trace, credit.over)
     order = [i for i in np.argsort(-np.abs(credit.values), kind="stable")[:_STRONGEST] if credit.values[i]]

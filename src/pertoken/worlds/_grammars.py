@@ -132,4 +132,31 @@ _LEXICON64 = {
     "learning_rate": 3e-3,
 }
 
-PRESETS = {"reviews": _REVIEWS, "lexicon64": _LEXICON64}
+# The language of the sparsepo specification: 45 words, and a label that shows in one kind of slot only; nine of ten
+# slot words match it. A tilt this large leaves no other label: positive and negative text is text of that label.
+_SLOTS45 = {
+    "slots": {"FIRST": "NOUN", "SECOND": "NOUN"},
+    "rules": {
+        "PROMPT": "the =FIRST of the =SECOND :",
+        "COMPLETION": "+1 TEXT+ | -1 TEXT-",
+        "TEXT±": "SAID± SAID±",
+        "SAID±": "the NOUN was very SLOT± . | the SLOT± NOUN of the NOUN .",
+        "SLOT±": "9 WORD± | 1 WORD∓",
+        "WORD+": "good | nice | lovely | great | fine | bright | happy | sweet | clean",
+        "WORD-": "bad | nasty | cheap | poor | dirty | sad | cruel | broken | bitter",
+        "NOUN": "cat | dog | boat | lamp | chair | table | clock | coat | car | kite | garden | kitchen | street"
+        " | market | school | station | harbour | hall | bridge | river | tower",
+    },
+    "lexicon": {
+        **_all(1.0, "good nice lovely great fine bright happy sweet clean"),
+        **_all(-1.0, "bad nasty cheap poor dirty sad cruel broken bitter"),
+    },
+    "tilt": 20.0,
+    "closers": (".", ":"),
+    "model": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256},
+    "steps": 400,
+    "batch": 16,
+    "learning_rate": 3e-3,
+}
+
+PRESETS = {"reviews": _REVIEWS, "lexicon64": _LEXICON64, "slots45": _SLOTS45}

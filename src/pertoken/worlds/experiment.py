@@ -13,7 +13,7 @@ from ..core.data import Example, Group
 from ..core.lm import LM, load
 from ..core.rollout import Sampling, sample
 from ..core.trace import Trace
-from .grammar import GRAMMARS, Grammar, prompts, train_lm
+from .grammar import GRAMMARS, Grammar, prompts, to_text, train_lm
 
 
 def group_of(chosen: Trace, rejected: Trace, prompt: Any, scores: tuple[float, float], row: int, source: str) -> Group:
@@ -127,6 +127,28 @@ def grammar_pairs(
         sides[side] = groups[:wanted]
     ids = [lm.encode_prompt(p) for p in split["test"]]
     return GrammarPairs(grammar, base, sides["train"], sides["test"], ids)
+
+
+def labelled_pairs(
+    preset: str = "slots45", *, n_train: int = 800, n_held_out: int = 200, seed: int = 0, progress: bool = True
+) -> GrammarPairs:
+    """Pairs of a grammar's own texts after one prompt: chosen are positive ones, rejected negative ones. Prompts
+    repeat, with other texts, until there are enough."""
+    grammar = GRAMMARS[preset]
+    base = str(train_lm(grammar, seed=0, progress=progress))
+    lm, split = load(base, device="cpu", attention="sdpa"), prompts(grammar)
+    sides: list[list[Group]] = []
+    for number, (side, wanted) in enumerate((("train", n_train), ("test", n_held_out))):
+        rng = np.random.default_rng([seed, number])
+        sides.append([])
+        while len(sides[-1]) < wanted:
+            prompt = split[side][len(sides[-1]) % len(split[side])]
+            words = [grammar.complete(prompt, rng, polarity) for polarity in ("positive", "negative")]
+            if words[0] != words[1]:
+                scores = grammar.score(words[0]), grammar.score(words[1])
+                traces = [lm.trace(prompt, to_text(said)) for said in words]
+                sides[-1].append(group_of(*traces, prompt, scores, len(sides[-1]), f"grammar-{preset}"))
+    return GrammarPairs(grammar, base, *sides, [lm.encode_prompt(p) for p in split["test"]])
 
 
 def class_conditional(preset: str, *, progress: bool = True) -> tuple[LM, LM]:

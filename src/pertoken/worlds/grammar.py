@@ -3,7 +3,8 @@
 A world is a frozen `Grammar`: production rules, a lexicon, and the size and training of its language model. The presets
 `GRAMMARS` are data in `_grammars.py`; a new toy language is one more entry there.
 `"reviews"` has negation, degree words, moods and aspects named by the prompt; `"lexicon64"` is the 64-word bag-of-words
-sentiment language of the T-REG and TDPO specifications. An example of `"reviews"`, with the credit below the words:
+sentiment language of the T-REG and TDPO specifications; `"slots45"`, of SparsePO's, has sentiment words in one kind of
+slot only. An example of `"reviews"`, with the credit below the words:
 
     prompt      the critic on the plot of the film :
     completion  the plot  was  not   very  good  .  the acting  was  really  superb  .
@@ -116,12 +117,21 @@ class Grammar:
             reviews.append(Review(prompt, tuple(expand(table, "COMPLETION", env, rng))))
         return reviews
 
-    def logprob(self, prompt: Sequence[str] | str, words: Sequence[str] | str, polarity: str | None = None) -> float:
-        """Exact log p(completion | prompt) in nats, summed over derivations; -inf outside the grammar."""
+    def complete(
+        self, prompt: Sequence[str] | str, rng: np.random.Generator, polarity: str | None = None
+    ) -> tuple[str, ...]:
+        """A completion of this prompt, drawn by the rules."""
+        return tuple(expand(self.table(polarity), "COMPLETION", self._env(prompt), rng))
+
+    def _env(self, prompt: Sequence[str] | str) -> dict[str, str]:
         env = self._prompts.get(tuple(_words(prompt)))
         if env is None:
             raise ValueError(f"{prompt!r} is no prompt of grammar {self.name!r}; see prompts(grammar)")
-        probability = inside(self.table(polarity), "COMPLETION", env, _words(words))
+        return env
+
+    def logprob(self, prompt: Sequence[str] | str, words: Sequence[str] | str, polarity: str | None = None) -> float:
+        """Exact log p(completion | prompt) in nats, summed over derivations; -inf outside the grammar."""
+        probability = inside(self.table(polarity), "COMPLETION", self._env(prompt), _words(words))
         return math.log(probability) if probability > 0 else -math.inf
 
     def credit(self, words: Sequence[str] | str) -> np.ndarray:
