@@ -147,7 +147,7 @@ def test_the_loops_step_computes_the_same(row):
     step = ObjectiveStep(objective, policy, groups, others=others, max_tokens=40)
     state = state_of(objective)
     if state is not None and step.state is not None:
-        step.state.load_state_dict(state.state_dict())
+        step.state.to(torch.float64).load_state_dict(state.state_dict())
     found = step.run(list(range(len(groups))), train=True)
     weights = [p for module in step.modules.values() for p in module.parameters() if p.requires_grad]
     grads = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in weights])

@@ -9,15 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .lm import LM
 from .protocols import FunctionScorer
 
 
 def describe(thing: Any) -> Any:
     """A method's options as JSON: dataclasses by field, models by identity, functions by their code and the constants
     that they hold on to (two lambdas are not one scorer)."""
-    if isinstance(thing, LM):
-        return thing.identity()
+    if callable(identity := getattr(thing, "identity", None)) and not isinstance(thing, type):
+        return describe(identity())  # a model, an encoder, a fitted scorer: what its numbers depend on
     if dataclasses.is_dataclass(thing) and not isinstance(thing, type):
         fields = {f.name: describe(getattr(thing, f.name)) for f in dataclasses.fields(thing)}
         return {"type": type(thing).__name__, **fields}

@@ -112,7 +112,8 @@ class StepResult:
         self.count += other.count
         for name, (total, count) in other.metrics.items():
             a, b = self.metrics.get(name, (0.0, 0.0))
-            self.metrics[name] = (a + total, b + count)
+            largest = name.endswith("/max")  # the largest of all parts, not their mean
+            self.metrics[name] = (max(a, total), max(b, count)) if largest else (a + total, b + count)
         self.rows += other.rows
         self.bad_rows += other.bad_rows
 
