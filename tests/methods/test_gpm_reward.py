@@ -48,6 +48,7 @@ def states(trace):
         return LM.causal.base_model(torch.tensor([trace.ids("all")])).last_hidden_state[0]
 
 
+@torch.no_grad()
 def scores(objective, state, groups=GROUPS):
     """s of each pair with plain forwards and loops."""
     out = []
