@@ -19,6 +19,7 @@ preference model's win rate. DPO's beta is 0.1, its usual one in this world.
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,8 +44,8 @@ from pertoken.train.gpo import GPO
 from pertoken.worlds.experiment import GrammarPairs, grammar_pairs
 
 SAMPLING = Sampling(max_new_tokens=40)
-LOOP = LoopConfig(lr=5e-4, batch_size=16, steps=20, schedule="constant", warmup=0.1)
-ROUNDS, PROMPTS = 3, 160
+ROUNDS, UPDATES, PROMPTS = 3, 20, 160
+LOOP = LoopConfig(lr=5e-4, batch_size=16, steps=UPDATES, schedule="constant", warmup=0.1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +141,7 @@ def main(options: Options) -> None:
     common: dict[str, Any] = {"seeds": seeds, "resolve": catalog.method, "evaluate": judge, "progress": False}
     arms = [gpo(*pair) for pair in pairs]
     outcomes = compare(arms, world.policy, world.train[:PROMPTS], [], LOOP, out, **common)
-    whole = LoopConfig(**(vars(LOOP) | {"steps": ROUNDS * LOOP.steps}))  # type: ignore[operator]
+    whole = dataclasses.replace(LOOP, steps=ROUNDS * UPDATES)
     arms.append(Arm(name="dpo", slug="dpo", objective=DPO()))
     outcomes += compare(arms[-1:], world.policy, world.train, [], whole, out, **common)
     show(outcomes, judge, options, [arm.name for arm in arms])

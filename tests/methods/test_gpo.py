@@ -283,6 +283,10 @@ def test_bad_input(tmp_path):
             GPO(**options)
     with pytest.raises(ValueError, match="needs a preference model"):
         make_run(tmp_path, GPO()).go()
+    run = make_run(tmp_path / "lora", GPO(scorer=Low(), sampling=SAMPLING))
+    run.policy = run.policy.clone(lora=2)
+    with pytest.raises(ValueError, match="rounds=1"):
+        run.go()
     stats, batch = tensors([[-1.0], [-2.0]], [[-1.0], [-2.0]], [0.0, 0.0])
     with pytest.raises(ValueError, match="run prepare"):
         GPO().loss(stats, Batch(batch.pairs_B2))

@@ -109,13 +109,16 @@ class GPO:
         """Train the earlier rounds, then put pairs of the policy's own samples in the place of the data's.
 
         Raises:
-            ValueError: no preference model, one that is not antisymmetric, or no prompt that gives a pair.
+            ValueError: no preference model, one that is not antisymmetric, no prompt that gives a pair, or several rounds
+                of an adapter.
         """
         if self.scorer is None and not self.preference:
             raise ValueError("GPO needs a preference model: preference=FOLDER of a GPM, or scorer=... from Python")
         scorer = self.scorer if self.scorer is not None else run.scorer("gpm", folder=self.preference)
         options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | {"rounds": 1}
         seed = run.config.seed
+        if self.rounds > 1 and hasattr(run.policy.model, "disable_adapter"):
+            raise ValueError("an adapter's reference is its base, not pi_t; train all weights, or one round: rounds=1")
         for before in range(1, self.rounds):  # with draws and an order of its own each
             run.start_from(run.train("gpo", config={"seed": seed + 1_000_003 * before}, **options))
         groups = run.every
