@@ -5,11 +5,11 @@ a sentence about it, by all-MiniLM, less their mean: the sentences are almost pa
 the next (n - 1) / 2 round the circle. One model is fitted on all pairs and asked for the same pairs: this tests what a
 form can represent, not how it generalises. No order of the items gets more than 2/3 (n = 3) or 7/10 (n = 5) of such a
 group right, which is found by trying all orders, so no Bradley-Terry model can.
-(b) HH-RLHF, harmless-base (needs PERTOKEN_DATA): heads on frozen features of 1,636 human pairs. Dialogues are told apart
-by their first turn; a fifth of them is for development and never tested on, the rest is split 5 times at random (a fifth
-is test). all-MiniLM embeds the last question with the answer; --full takes SmolLM2's state after the whole dialogue. A
-constant feature is added, without which a GPM cannot say r_a - r_b. Bradley-Terry and GPM choose tau from 0.1 and 1 and
-their epoch by the loss on a tenth of the training dialogues.
+(b) HH-RLHF, harmless-base (needs PERTOKEN_DATA): heads on frozen features of 1,636 human pairs. Dialogues are told
+apart by their first turn; a fifth of them is for development and never tested on, the rest is split 5 times at random
+(a fifth is test). all-MiniLM embeds the last question with the answer; --full takes SmolLM2's state after the whole
+dialogue. A constant feature is added, without which a GPM cannot say r_a - r_b. Bradley-Terry and GPM choose tau from
+0.1 and 1 and their epoch by the loss on a tenth of the training dialogues.
 
     python examples/gpm.py          two to three minutes, most of them for the sentence embeddings, which are kept
     python examples/gpm.py --full   SmolLM2's features (about an hour the first time)

@@ -109,7 +109,7 @@ class GPO:
         """Train the earlier rounds, then put pairs of the policy's own samples in the place of the data's.
 
         Raises:
-            ValueError: no preference model, one that is not antisymmetric, no prompt that gives a pair, or several rounds
+            ValueError: no preference model, one that is not antisymmetric, no prompt that gives a pair, several rounds
                 of an adapter.
         """
         if self.scorer is None and not self.preference:
