@@ -1,11 +1,11 @@
 """All pairwise objectives on real human preferences, side by side: who agrees with held-out human choices?
 
 Data: Anthropic's HH pairs (harmless and helpful) in the folder that PERTOKEN_DATA names, or any pairs by --data (a
-file, a folder, a Hub id). Prompts are split once: a fifth is held out. By default the policy is a 4-layer LM of 1M parameters
-that is first trained, in about a minute, on the training conversations (both responses, so that it knows nothing of the
-preferences); --full takes SmolLM2 and more pairs. Every objective makes the same updates on the same pairs in the same
-order; those that want scores get them from a Bradley-Terry head on MiniLM embeddings fitted on the training pairs, and
-GPO gets a general preference model fitted likewise.
+file, a folder, a Hub id). Prompts are split once: a fifth is held out. By default the policy is a 4-layer LM of 1M
+parameters that is first trained, in about a minute, on the training conversations (both responses, so that it knows
+nothing of the preferences); --full takes SmolLM2 and more pairs. Every objective makes the same updates on the same
+pairs in the same order; those that want scores get them from a Bradley-Terry head on MiniLM embeddings fitted on the
+training pairs, and GPO gets a general preference model fitted likewise.
 
 Accuracy is the share of held-out pairs whose chosen response gained more log-probability than the rejected one did.
 What to expect: HH's label noise is large (humans agree on about two thirds of such pairs), the policy is tiny, and the

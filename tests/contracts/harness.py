@@ -17,9 +17,10 @@ from pertoken.catalog import Method, method
 from pertoken.core.data import Group
 from pertoken.core.examples import Example
 from pertoken.core.lm import LM
+from pertoken.core.loop import StepResult
 from pertoken.core.packing import Cost, pack
 from pertoken.core.protocols import Batch
-from pertoken.core.stats import Stats, token_stats
+from pertoken.core.stats import PER_COMPLETION, Stats, token_stats
 from pertoken.core.step import needs_of, with_mismatched
 from pertoken.core.trace import Trace
 from tests import tiny
@@ -76,7 +77,9 @@ class Pass:
     metrics: dict[str, tuple[float, float]]
 
     def __add__(self, other: Pass) -> Pass:
-        metrics = {k: (a + other.metrics[k][0], b + other.metrics[k][1]) for k, (a, b) in self.metrics.items()}
+        joined = StepResult(metrics=dict(self.metrics))
+        joined.add(StepResult(metrics=other.metrics))
+        metrics = joined.metrics
         return Pass(self.sum + other.sum, self.count + other.count, self.grads + other.grads, metrics)
 
 
@@ -102,7 +105,8 @@ def objective_pass(
     """
     needs, state = needs_of(objective), state or state_of(objective)
     models = models or {name: model(name) for name in needs.stats}
-    packs = pack([g.traces for g in groups], cost=_ONE_PACK, tree=tree, max_tokens=1 << 20, pad_left=pad_left)
+    layout: dict[str, Any] = {"tree": tree, "max_tokens": 1 << 20, "pad_left": pad_left, "ends": needs.ends}
+    packs = pack([g.traces for g in groups], cost=_ONE_PACK, **layout)
     assert len(packs) == 1
     stats = token_stats(models, packs[0], needs, chunk, trained="policy")
     if outside is not None:
@@ -120,7 +124,7 @@ def _with_outside(stats: Stats, value: float) -> Stats:
     def fill(x_NT: Tensor) -> Tensor:
         return torch.where(stats.mask_NT, x_NT, value) if x_NT.is_floating_point() and x_NT.ndim == 2 else x_NT
 
-    extra = {name: fill(x) for name, x in stats.extra.items()}
+    extra = {name: x if name in PER_COMPLETION else fill(x) for name, x in stats.extra.items()}
     return Stats(stats.mask_NT, fill(stats.logp_NT), stats.present_NT, extra)
 
 
@@ -199,7 +203,9 @@ def rebuild(cls: type, data: Any) -> Any:
 
 
 def make_scorer(row: Method) -> Any:
-    """A scorer of the catalog with tiny models in the fields called lm, policy or reference."""
+    """A scorer of the catalog with tiny models in the fields called lm, policy or reference; one that has to be fitted
+    has a classmethod `example`, which gives one with random weights."""
     cls = method(row.slug)
     models = {"lm": "policy", "policy": "policy", "reference": "reference"}
-    return cls(**{f.name: scoring_model(models[f.name]) for f in dataclasses.fields(cls) if f.name in models})
+    made: Any = getattr(cls, "example", cls)
+    return made(**{f.name: scoring_model(models[f.name]) for f in dataclasses.fields(cls) if f.name in models})

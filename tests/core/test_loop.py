@@ -499,7 +499,8 @@ def test_a_launchers_accumulation_does_not_divide_the_loss(tmp_path, monkeypatch
 def test_results_add_up():
     total = StepResult()
     total.add(StepResult(2.0, 1.0, {"a": (3.0, 1.0), "none": (0.0, 0.0)}, (1,)))
-    total.add(StepResult(4.0, 2.0, {"a": (1.0, 1.0), "b": (5.0, 5.0)}, (2, 3), (3,)))
-    assert total.means() == {"loss": 2.0, "a": 2.0, "b": 1.0}
+    total.add(StepResult(4.0, 2.0, {"a": (1.0, 1.0), "b": (5.0, 5.0), "s/max": (7.0, 1.0)}, (2, 3), (3,)))
+    total.add(StepResult(0.0, 0.0, {"s/max": (3.0, 1.0)}))
+    assert total.means() == {"loss": 2.0, "a": 2.0, "b": 1.0, "s/max": 7.0}
     assert total.rows == (1, 2, 3) and total.bad_rows == (3,)
     assert StepResult().means() == {}

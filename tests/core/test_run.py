@@ -350,6 +350,15 @@ def test_options_as_json():
     assert found["f"] == lm.identity()
     assert describe(nn.Linear) == "Linear" and describe(exact_lm) != describe(make_run)
 
+    class Fitted:
+        def __init__(self, weights):
+            self.weights = weights
+
+        def identity(self):
+            return {"weights": self.weights}
+
+    assert describe([Fitted(2)]) == [{"weights": 2}] and describe(Fitted) == Fitted.__qualname__
+
 
 @dataclasses.dataclass(frozen=True)
 class Distilled(DPO):

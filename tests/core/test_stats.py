@@ -740,3 +740,28 @@ def test_stats_by_attribute():
         _ = stats.rank_NT
     assert stats.sums().tolist() == [0] and stats.lengths().tolist() == [1]
     assert not hasattr(Stats(mask, zeros, mask), "kl_NT")
+
+
+@pytest.mark.parametrize("name", ["untied", "bias"])
+@pytest.mark.parametrize("layout", ["always", "never", "left"])
+def test_hidden_at_the_ends(name, layout):
+    """``hidden_end`` is the state of the last token itself, ``hidden_prompt`` that of the prompt's."""
+    lm, tree = model(name), "always" if layout == "left" else layout
+    needs = wants("logp", "hidden", "hidden_end", "hidden_prompt")
+    for packed in pack(groups(), tree=tree, pad_left=layout == "left", ends=needs.ends):
+        stats = token_stats({"policy": lm}, packed, needs)["policy"]
+        for row, (g, k) in enumerate(packed.order):
+            trace = groups()[g][k]
+            states = lm.causal.base_model(torch.tensor([trace.ids("all")]), use_cache=False).last_hidden_state[0]
+            p = len(trace.prompt_ids)
+            torch.testing.assert_close(stats.hidden_end_NH[row], states[-1], atol=1e-6, rtol=1e-6)
+            torch.testing.assert_close(stats.hidden_prompt_NH[row], states[p - 1], atol=1e-6, rtol=1e-6)
+            torch.testing.assert_close(stats.hidden_NTH[row, : len(trace)], states[p - 1 : -1], atol=1e-6, rtol=1e-6)
+            logits = lm.causal(torch.tensor([trace.ids("all")])).logits[0, p - 1 : -1].log_softmax(-1)
+            logp = logits.gather(1, torch.tensor(trace.completion_ids, dtype=torch.long)[:, None])[:, 0]
+            torch.testing.assert_close(stats.logp_NT[row, : len(trace)], logp, atol=1e-6, rtol=1e-6)
+    with torch.enable_grad():
+        stats = token_stats({"policy": lm}, packed, wants("hidden_end"))["policy"]
+    assert stats.extra["hidden_end"].requires_grad and not wants("hidden_prompt").ends
+    with pytest.raises(ValueError, match="ends=True"):
+        token_stats({"policy": lm}, one_pack(), wants("hidden_end"))

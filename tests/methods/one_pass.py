@@ -37,8 +37,9 @@ def pair_stats(
     objective: Any, models: Mapping[str, LM], groups: Sequence[Sequence[Trace]], chunk_tokens: int | None = None
 ) -> tuple[dict[str, Stats], Batch]:
     """Statistics that the objective asks for, gradients of the policy kept, and the batch of (chosen, rejected)."""
-    (one,) = pack(groups, cost=Cost(linear=1, attention=1, launch=1e12), max_tokens=1 << 20)
-    stats = token_stats(models, one, Needs(objective.stats), chunk_tokens, trained="policy")
+    needs = Needs(objective.stats)
+    (one,) = pack(groups, cost=Cost(linear=1, attention=1, launch=1e12), max_tokens=1 << 20, ends=needs.ends)
+    stats = token_stats(models, one, needs, chunk_tokens, trained="policy")
     place = {o: i for i, o in enumerate(one.order)}
     pairs = torch.tensor([[place[g, 0], place[g, 1]] for g in range(len(groups))])
     return stats, Batch(pairs, rows=tuple(g for g, _ in one.order))

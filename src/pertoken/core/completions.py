@@ -13,7 +13,7 @@ from .describe import describe
 from .lm import LM
 from .packing import Cost, pack
 from .record import data_hash
-from .stats import Needs, Stats, token_stats
+from .stats import PER_COMPLETION, Needs, Stats, token_stats
 from .step import REFERENCE
 from .trace import Trace
 
@@ -33,7 +33,7 @@ def completions_stats(
 
     Returns:
         For each trace, in order: ``logp`` and what else was wanted, each of shape (T, ...), float64 where it was a
-        number; observation tokens are in it too.
+        number; observation tokens are in it too. ``hidden_end`` and ``hidden_prompt`` have shape (H,).
     """
     by_prompt: dict[tuple[int, ...], list[int]] = {}
     for i, trace in enumerate(traces):
@@ -43,13 +43,15 @@ def completions_stats(
     out: list[dict[str, np.ndarray]] = [{} for _ in traces]
     with lm.active() as causal:
         cost = Cost.of(causal)
-    for packed in pack([[traces[i] for i in some] for some in indices], cost=cost, max_tokens=max_tokens):
-        stats: Stats = token_stats({"model": lm}, packed, Needs({"model": wants}))["model"]
+    needs, groups = Needs({"model": wants}), [[traces[i] for i in some] for some in indices]
+    for packed in pack(groups, cost=cost, max_tokens=max_tokens, ends=needs.ends):
+        stats: Stats = token_stats({"model": lm}, packed, needs)["model"]
         values = {"logp": stats.logp_NT, **stats.extra}
         arrays = {name: v.double().cpu().numpy() for name, v in values.items() if v.ndim > 1}
         for row, (g, k) in enumerate(packed.order):
             i = indices[g][k]
-            out[i] = {name: a[row, : len(traces[i])].copy() for name, a in arrays.items()}
+            part = slice(len(traces[i]))
+            out[i] = {n: (a[row] if n in PER_COMPLETION else a[row, part]).copy() for n, a in arrays.items()}
         if progress:
             progress(len(packed.order))
     return out

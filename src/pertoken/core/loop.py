@@ -76,8 +76,7 @@ class LoopConfig:
 
     def trajectory(self) -> dict[str, Any]:
         """The options that change what is learned; the others may differ in a resumed run."""
-        watch = ("eval_every", "save_every", "keep", "tracker")
-        return {name: value for name, value in asdict(self).items() if name not in watch}
+        return {k: v for k, v in asdict(self).items() if k not in ("eval_every", "save_every", "keep", "tracker")}
 
     def total_steps(self, n: int) -> int:
         """Updates of a run over n examples."""
@@ -117,7 +116,8 @@ class StepResult:
         self.count += other.count
         for name, (total, count) in other.metrics.items():
             a, b = self.metrics.get(name, (0.0, 0.0))
-            self.metrics[name] = (a + total, b + count)
+            largest = name.endswith("/max")  # the largest of all parts, not their mean
+            self.metrics[name] = (max(a, total), max(b, count)) if largest else (a + total, b + count)
         self.rows += other.rows
         self.bad_rows += other.bad_rows
 

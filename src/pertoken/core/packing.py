@@ -80,6 +80,7 @@ class Pack:
         input_ids_RC, position_ids_RC: what the model reads.
         segment_RC: which stretch a column belongs to (-1: padding); branch_RC: 0 in the trunk, 1..K in a branch.
         predict_NT: flat index into R*C of the position whose output predicts token t of completion n.
+        prompt_N: flat index of the prompt's last token; end_N: of the completion's (None: it was not laid out).
         ids_NT: the completion ids (0 beyond the end).
         present_NT: True on real tokens, emitted or not; mask_NT: True on tokens that the policy emitted.
         order: for each of the N completions, (group, completion) in the caller's groups.
@@ -98,6 +99,8 @@ class Pack:
     order: tuple[tuple[int, int], ...]
     causal: bool
     stretches: tuple[Stretch, ...] = ()
+    prompt_N: Tensor | None = None
+    end_N: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -162,6 +165,7 @@ def pack(
     tree: str = "auto",
     max_tokens: int = 4096,
     pad_left: bool = False,
+    ends: bool = False,
 ) -> list[Pack]:
     """Lay groups out for the model.
 
@@ -172,6 +176,7 @@ def pack(
             plain causal, which any architecture can compute.
         max_tokens: most positions (padding included) of one pack; a single larger group still gets a pack.
         pad_left: put padding first (only to show that it does not matter).
+        ends: feed the last token of each completion, too: it predicts nothing, but its hidden state may be wanted.
 
     Returns:
         Packs that together hold every completion once; a group is never divided, so that objectives which need its
@@ -184,7 +189,7 @@ def pack(
         raise ValueError(f"tree={tree!r} is not one of auto, always, never")
     cost = cost or Cost(1e8, 4e4, 1.8e9)
     tree = "never" if tree == "auto" and not cost.shares else tree
-    layouts = [_layout(g, group, cost, tree) for g, group in enumerate(groups)]
+    layouts = [_layout(g, group, cost, tree, ends) for g, group in enumerate(groups)]
     packs: list[list[list[_Stretch]]] = []
     # Groups of similar length share a pack, so that rows waste little padding.
     queue = sorted(layouts, key=lambda stretches: -max(s.size for s in stretches))
@@ -204,7 +209,7 @@ def pack(
                 rows = more
         packs.append(rows if tree == "never" else _merge_short(rows, width))
         queue = rest
-    made = [_build(rows, groups, pad_left) for rows in packs]
+    made = [_build(rows, groups, pad_left, ends) for rows in packs]
     trees = sum(len(stretches) == 1 and stretches[0].k > 1 for stretches in layouts)
     flat = sum(len(t.prompt_ids) + len(t) for group in groups for t in group)
     log.info(
@@ -236,7 +241,7 @@ class _Stretch:
         return self.trunk + sum(self.lengths)
 
 
-def _layout(g: int, group: Sequence[Trace], cost: Cost, tree: str) -> list[_Stretch]:
+def _layout(g: int, group: Sequence[Trace], cost: Cost, tree: str, ends: bool) -> list[_Stretch]:
     if not group:
         raise ValueError(f"group {g} has no completion; leave it out")
     prompt = group[0].prompt_ids
@@ -244,8 +249,8 @@ def _layout(g: int, group: Sequence[Trace], cost: Cost, tree: str) -> list[_Stre
         raise ValueError(f"group {g} has an empty prompt, so nothing predicts its first token; start it with BOS")
     if any(t.prompt_ids != prompt for t in group):
         raise ValueError(f"the completions of group {g} follow different prompts; make one group a prompt")
-    # The last token of a completion predicts nothing that is scored, so it is never fed to the model.
-    lengths = tuple(max(len(t) - 1, 0) for t in group)
+    # The last token of a completion predicts nothing that is scored, so it is not fed unless its own state is wanted.
+    lengths = tuple(len(t) if ends else max(len(t) - 1, 0) for t in group)
     one = _Stretch(g, tuple(range(len(group))), len(prompt), lengths)
     each = [_Stretch(g, (k,), len(prompt), (n,)) for k, n in enumerate(lengths)]
     if tree == "always" or len(group) == 1:
@@ -283,7 +288,7 @@ def _merge_short(rows: list[list[_Stretch]], width: int) -> list[list[_Stretch]]
     return merged if len(merged) < len(rows) else rows
 
 
-def _build(rows: list[list[_Stretch]], groups: Sequence[Sequence[Trace]], pad_left: bool) -> Pack:
+def _build(rows: list[list[_Stretch]], groups: Sequence[Sequence[Trace]], pad_left: bool, ends: bool = False) -> Pack:
     """Fill the tensors of one pack."""
     width = max(sum(s.size for s in row) for row in rows)
     longest = max((len(groups[s.group][k]) for row in rows for s in row for k in s.completions), default=0)
@@ -292,6 +297,7 @@ def _build(rows: list[list[_Stretch]], groups: Sequence[Sequence[Trace]], pad_le
     segment, branch = np.full((len(rows), width), _PADDING, np.int32), np.zeros((len(rows), width), np.int32)
     predict, targets = np.zeros((n, longest), np.int64), np.zeros((n, longest), np.int64)
     present, mask = np.zeros((n, longest), bool), np.zeros((n, longest), bool)
+    prompt, end = np.zeros(n, np.int64), np.zeros(n, np.int64)
     order: list[tuple[int, int]] = []
     for r, row in enumerate(rows):
         at = width - sum(s.size for s in row) if pad_left else 0
@@ -312,20 +318,20 @@ def _build(rows: list[list[_Stretch]], groups: Sequence[Sequence[Trace]], pad_le
                 branch[r, here] = b
                 if t:
                     predict[i, 0] = last_of_trunk
-                    predict[i, 1:t] = r * width + np.arange(at, at + length)
+                    predict[i, 1:t] = r * width + np.arange(at, at + t - 1)
                     targets[i, :t] = trace.completion_ids
                     present[i, :t] = True
                     mask[i, :t] = trace.mask
                 order.append((stretch.group, k))
                 at += length
+                prompt[i], end[i] = last_of_trunk, r * width + at - 1 if length else last_of_trunk
     causal = not pad_left and all(len(row) == 1 and row[0].k == 1 for row in rows)
-    if (
-        causal
-    ):  # positions that start again in the padding would look like packed rows, and have transformers build a mask
+    if causal:  # positions that start again in the padding look like packed rows: transformers would build a mask
         positions[:] = np.arange(width)
     tensors = map(torch.from_numpy, (ids, positions, segment, branch, predict, targets, present, mask))
+    last = {"prompt_N": torch.from_numpy(prompt), "end_N": torch.from_numpy(end) if ends else None}
     stretches = tuple((s.trunk, s.lengths) for s in rows[0]) if len(rows) == 1 and not pad_left else ()
-    return Pack(*tensors, order=tuple(order), causal=causal, stretches=stretches)
+    return Pack(*tensors, order=tuple(order), causal=causal, stretches=stretches, **last)
 
 
 def _windows(config: Any) -> tuple[set[str], int | None]:

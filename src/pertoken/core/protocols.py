@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from .data import Group
     from .lm import LM
+    from .loop import LoopConfig
     from .stats import Stats
 
 
@@ -64,7 +65,8 @@ class Loss:
     Attributes:
         sum: scalar tensor with gradient.
         count: what it is a sum over (pairs, examples or tokens).
-        metrics: name -> (sum, count) of detached figures, averaged the same way.
+        metrics: name -> (sum, count) of detached figures, averaged the same way. A name that ends in ``/max`` is the
+            largest of a figure that is not negative, as (largest, 1).
     """
 
     sum: Tensor
@@ -112,7 +114,9 @@ class Preparation(Protocol):
     """What `Objective.prepare` is given."""
 
     groups: list[Group]
+    held_out: list[Group]
     policy: LM
+    config: LoopConfig
 
     @property
     def every(self) -> list[Group]:

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 Joint = Callable[[dict[str, Tensor], Tensor], dict[str, Tensor]]
 
-STATISTICS = ("logp", *DESCRIPTIVE, "hidden", "hidden_all")
+PER_COMPLETION = ("hidden_prompt", "hidden_end")
+STATISTICS = ("logp", *DESCRIPTIVE, "hidden", "hidden_all", *PER_COMPLETION)
 _PREFIXES = ("module:", "kl_forward:", "kl_reverse:", *(f"{how}:" for how in HOW))
 _CHUNK_ELEMENTS = 1 << 24  # logits of one chunk: 64 MB in float32
 
@@ -45,8 +46,10 @@ class Stats:
             ``top1_logp``, ``rank`` (0 is the likeliest), ``sumsq`` (sum of squared probabilities), ``hidden``
             (N, T, H), ``hidden_all`` (N, T, L+1, H), ``kl_forward:OTHER`` = KL(other || this), ``kl_reverse:OTHER`` =
             KL(this || other), captured modules by their name, ``mean:NAMES`` and ``sigmoid:NAMES`` (N, T, K), one
-            number of each of K modules (`capture`), and whatever the objectives' joints returned.
-            ``stats.entropy_NT`` is ``stats.extra["entropy"]``; so with _NTH and _NTLH.
+            number of each of K modules (`capture`), and whatever the objectives' joints returned. ``hidden``
+            stands at the position that predicts a token. Of each completion, (N, H): ``hidden_prompt`` at the prompt's
+            last token and ``hidden_end`` at the completion's own last one (the prompt's, if it is empty).
+            ``stats.entropy_NT`` is ``stats.extra["entropy"]``; so with _NTH, _NTLH and _NH.
     """
 
     mask_NT: Tensor
@@ -56,7 +59,7 @@ class Stats:
 
     def __getattr__(self, name: str) -> Tensor:
         extra = self.__dict__.get("extra", {})
-        for key in (name, *(name.removesuffix(suffix) for suffix in ("_NT", "_NTH", "_NTLH"))):
+        for key in (name, *(name.removesuffix(suffix) for suffix in ("_NT", "_NTH", "_NTLH", "_NH"))):
             if key in extra:
                 return extra[key]
         raise AttributeError(f"no statistic {name!r}; there are: logp_NT, {', '.join(extra) or 'nothing else'}")
@@ -96,6 +99,11 @@ class Needs:
                     f"{', '.join(sorted(odd))} wanted of {name}: not one of {', '.join(STATISTICS)}, kl_forward:MODEL, "
                     "kl_reverse:MODEL, module:NAME, mean:NAMES, sigmoid:NAMES"
                 )
+
+    @property
+    def ends(self) -> bool:
+        """Whether a completion's last token must be fed, too (`packing.pack`)."""
+        return any("hidden_end" in wants for wants in self.stats.values())
 
     @classmethod
     def union(cls, needs: Sequence[Needs]) -> Needs:
@@ -164,7 +172,7 @@ def token_stats(
 
     Raises:
         ValueError: a model that is needed but not given; vocabularies of two sizes that are to be compared; a module
-            that does not exist or did not run.
+            that does not exist or did not run; ``hidden_end`` of a pack made without `ends`.
     """
     missing = set(needs.stats) - set(models)
     if missing:
@@ -178,11 +186,12 @@ def token_stats(
         learns = trained in (None, name) and not lm.adapter_off
         with lm.active() as causal, _gradients(learns):
             parts[name] = _Part(lm, Head(causal), learns)
-            hidden[name], extras[name] = _forward(causal, pack, pack.predict_NT[where], needs.stats[name])
+            hidden[name], extras[name] = _forward(causal, pack, where, needs.stats[name])
     chunked = _chunks(hidden, parts, pack.ids_NT[where], needs, chunk_tokens)
     out = {}
     for name in needs.stats:
-        full = {key: _scatter(value, where) for key, value in (chunked[name] | extras[name]).items()}
+        values = (chunked[name] | extras[name]).items()
+        full = {key: value if key in PER_COMPLETION else _scatter(value, where) for key, value in values}
         unknown = torch.full(where.shape, torch.nan, device=device)
         out[name] = Stats(pack.mask_NT, full.pop("logp", unknown), where, full)
     return out
@@ -204,8 +213,13 @@ class _Part:
             yield
 
 
-def _forward(causal: Any, pack: Pack, predict_M: Tensor, wants: frozenset[str]) -> tuple[Tensor, dict[str, Tensor]]:
+def _forward(causal: Any, pack: Pack, where_NT: Tensor, wants: frozenset[str]) -> tuple[Tensor, dict[str, Tensor]]:
     """Hidden states at the predicting positions, and what else the layers said there."""
+    predict_M = pack.predict_NT[where_NT]
+    whole = {"hidden_prompt": pack.prompt_N, "hidden_end": pack.end_N}
+    single = {key: index for key, index in whole.items() if key in wants}
+    if any(index is None for index in single.values()):
+        raise ValueError("hidden_end is wanted, but the last tokens are not laid out; pack(..., ends=True)")
     taken: dict[str, Tensor] = {}
     inputs = pack.inputs(causal)  # before there are hooks: it may try the model
     # Gathered while the layers run, to hold little; with autograd on afterwards, because a layer that is checkpointed
@@ -241,7 +255,8 @@ def _forward(causal: Any, pack: Pack, predict_M: Tensor, wants: frozenset[str]) 
                 stack.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
         reduced = [w for w in sorted(wants) if w.partition(":")[0] in HOW]
         captures = Captures(causal, reduced, pack.input_ids_RC.shape, gather, stack)
-        last = gather(causal.base_model(**inputs).last_hidden_state)
+        states = causal.base_model(**inputs).last_hidden_state
+        last = gather(states)
     if not early:
         taken, layers = {path: gather(output) for path, output in taken.items()}, [gather(x) for x in layers]
     idle = [key for path, key in modules.items() if path not in taken]
@@ -252,7 +267,7 @@ def _forward(causal: Any, pack: Pack, predict_M: Tensor, wants: frozenset[str]) 
         taken["hidden_all"] = torch.stack([*layers, last], dim=1)  # embeddings, layers 1..L-1, normed last: (M, L+1, H)
     if "hidden" in wants:
         taken["hidden"] = last
-    return last, taken
+    return last, taken | {key: states.flatten(0, 1)[index] for key, index in single.items()}
 
 
 def _chunks(

@@ -26,7 +26,7 @@ from .loop import StepResult
 from .packing import Cost, Pack, pack
 from .protocols import Batch, Loss
 from .rollout import Sampling, sample
-from .stats import Needs, Stats, TokenStats
+from .stats import PER_COMPLETION, Needs, Stats, TokenStats
 
 REFERENCE = "reference_logps"
 
@@ -185,7 +185,8 @@ class ObjectiveStep:
     def _run(self, groups: Sequence[Group], train: bool, weight: float) -> StepResult:
         if self.state is not None:
             self.state.train(train)
-        packs = pack([g.traces for g in groups], cost=self.cost, tree=self.tree, max_tokens=self.max_tokens)
+        layout: dict[str, Any] = {"cost": self.cost, "tree": self.tree, "max_tokens": self.max_tokens}
+        packs = pack([g.traces for g in groups], ends=self.needs.ends, **layout)
         idle = self._idle(len(packs))
         parts = [packs] if self.coupled else [[p] for p in [*packs, *packs[:1] * idle]]
         result = StepResult()
@@ -238,7 +239,8 @@ class ObjectiveStep:
         if state is not None:
             state.eval()
         for group in groups:
-            stats, order = self._statistics(self.inner, pack([group.traces], cost=self.cost), [group])
+            packs = pack([group.traces], cost=self.cost, ends=self.needs.ends)
+            stats, order = self._statistics(self.inner, packs, [group])
             with alone():
                 loss = self.objective.loss(stats, self._batch(stats["policy"], order, [group]), state)
             if not np.isfinite(float(loss.sum)):
@@ -326,14 +328,16 @@ def _join(parts: list[Stats]) -> Stats:
         return parts[0]
     longest = max(p.mask_NT.shape[1] for p in parts)
 
-    def cat(tensors: list[Tensor]) -> Tensor:
+    def cat(tensors: list[Tensor], by_token: bool = True) -> Tensor:
+        if not by_token:
+            return torch.cat(tensors)
         return torch.cat([F.pad(t, [0, 0] * (t.ndim - 2) + [0, longest - t.shape[1]]) for t in tensors])
 
     return Stats(
         cat([p.mask_NT for p in parts]),
         cat([p.logp_NT for p in parts]),
         cat([p.present_NT for p in parts]),
-        {key: cat([p.extra[key] for p in parts]) for key in parts[0].extra},
+        {key: cat([p.extra[key] for p in parts], key not in PER_COMPLETION) for key in parts[0].extra},
     )
 
 
