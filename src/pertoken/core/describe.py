@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .embed import TextEncoder
 from .lm import LM
 from .protocols import FunctionScorer
 
@@ -16,7 +17,7 @@ from .protocols import FunctionScorer
 def describe(thing: Any) -> Any:
     """A method's options as JSON: dataclasses by field, models by identity, functions by their code and the constants
     that they hold on to (two lambdas are not one scorer)."""
-    if isinstance(thing, LM):
+    if isinstance(thing, LM | TextEncoder):
         return thing.identity()
     if dataclasses.is_dataclass(thing) and not isinstance(thing, type):
         fields = {f.name: describe(getattr(thing, f.name)) for f in dataclasses.fields(thing)}
