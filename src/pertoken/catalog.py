@@ -102,6 +102,17 @@ _ROWS = (
         models=("reference",),
     ),
     Method(
+        "bco",
+        "train",
+        "pertoken.train.bco:BCO",
+        "Binary Classifier Optimization from thumbs up and down",
+        system="bco",
+        paper="2404.04656",
+        data="unpaired",
+        models=("reference",),
+        batch_coupled=True,
+    ),
+    Method(
         "logratio",
         "score",
         "pertoken.score.logratio:LogRatio",
