@@ -113,6 +113,16 @@ _ROWS = (
         batch_coupled=True,
     ),
     Method(
+        "sem-dpo",
+        "train",
+        "pertoken.train.sem_dpo:SemDPO",
+        "DPO weighted by how much of the prompt's meaning the chosen response keeps",
+        system="sem-dpo",
+        paper="2507.20133",
+        data="pairs",
+        models=("reference",),
+    ),
+    Method(
         "logratio",
         "score",
         "pertoken.score.logratio:LogRatio",
