@@ -356,7 +356,10 @@ def test_at_most_so_many_prompts_of_a_label_are_fitted(tmp_path, monkeypatch):
     monkeypatch.setattr("pertoken.train.bco.desirable_probability", watch)
     for seed in (0, 0, 1):
         run = run_of(
-            tmp_path / str(len(fitted)), SHIFTED + HELD_OUT, encode=numbered, matching=Matching(prompts=20, seed=seed)
+            tmp_path / str(len(fitted)),
+            SHIFTED + HELD_OUT,
+            encode=numbered,
+            matching=Matching(prompt_sample_size=20, prompt_sample_seed=seed),
         )
         run.objective.prepare(run)
     assert fitted[0] == fitted[1] != fitted[2] and fitted[0][1:] == (12, 54)
@@ -419,9 +422,9 @@ def test_options():
     for wrong in wrongs:
         with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):
             BCO(**wrong)
-    for matching in (Matching(least=2.0, most=1.0), Matching(prompts=0)):
-        with pytest.raises(ValueError, match="least <= most"):
+    for matching in (Matching(min_density_ratio=2.0, max_density_ratio=1.0), Matching(prompt_sample_size=0)):
+        with pytest.raises(ValueError, match="min_density_ratio <="):
             BCO(matching=matching)
     shown = dataclasses.asdict(BCO())
-    assert (shown["beta"], shown["shift"], shown["matching"]["prompts"]) == (0.1, "class_balanced_ema", 1024)
-    assert (shown["matching"]["least"], shown["matching"]["most"]) == (0.5, 10)
+    assert (shown["beta"], shown["shift"], shown["matching"]["prompt_sample_size"]) == (0.1, "class_balanced_ema", 1024)
+    assert (shown["matching"]["min_density_ratio"], shown["matching"]["max_density_ratio"]) == (0.5, 10)

@@ -101,6 +101,7 @@ def test_a_chosen_response_that_means_the_prompt_weighs_1_and_its_opposite_exp_o
     encode = lambda texts: np.array([{"x": [3.0, 4.0], "same": [3.0, 4.0], "not": [-6.0, -8.0]}[t] for t in texts])
     d = SemDPO(a=a, encode=encode).distances(["x", "x"], ["same", "not"])
     assert semantic_weights(d, a).tolist() == pytest.approx([1, math.exp(-2 * a)])
+    assert SemDPO(a=a, encode=encode).weights(["x"], ["not"]) == pytest.approx([math.exp(-2 * a)])
 
 
 def test_weights_do_not_depend_on_the_size_of_embeddings():

@@ -22,14 +22,14 @@ def source(**changes):
 
 
 def made(seed=0, **changes):
-    sizes = {"up": 30, "down": 10, "mostly": 0.9, "n_validation": 8, "n_test": 12}
+    sizes = {"up": 20, "down": 10, "mostly": 0.9, "n_validation": 8, "n_test": 12}
     return shifted_thumbs(source(), ASKED, **(sizes | changes), seed=seed)
 
 
 def test_shares_of_labels_and_kinds_are_those_asked_for():
     groups = made().train
     counts = Counter((bool(g.example.label), str(g.example.prompt).startswith("film")) for g in groups)
-    assert counts == {(True, True): 27, (True, False): 3, (False, True): 1, (False, False): 9}
+    assert counts == {(True, True): 18, (True, False): 2, (False, True): 1, (False, False): 9}
     for row, group in enumerate(groups):
         (trace,) = group.traces
         assert group.example.row == row and group.example.responses == (trace.text,)

@@ -117,13 +117,13 @@ class Matching:
 
     encoder: str = MINILM
     """Frozen encoder of the prompts: all-minilm, a folder, or a Hub id."""
-    prompts: int = 1024
+    prompt_sample_size: int = 1024
     """Prompts of each label that the classifier is fitted on, at most."""
-    least: float = 0.5
+    min_density_ratio: float = 0.5
     """Lower clip of w."""
-    most: float = 10.0
+    max_density_ratio: float = 10.0
     """Upper clip of w."""
-    seed: int = 0
+    prompt_sample_seed: int = 0
     """Which prompts, where there are more."""
 
 
@@ -154,8 +154,11 @@ class BCO:
             raise ValueError(f"beta={self.beta} must be above 0")
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay={self.decay} must be at least 0 and below 1")
-        if not (0 <= self.matching.least <= self.matching.most and self.matching.prompts >= 1):
-            raise ValueError("0 <= least <= most and prompts >= 1 are needed to match prompts")
+        if not (
+            0 <= self.matching.min_density_ratio <= self.matching.max_density_ratio
+            and self.matching.prompt_sample_size >= 1
+        ):
+            raise ValueError("0 <= min_density_ratio <= max_density_ratio and prompt_sample_size >= 1 are needed")
 
     @property
     def batch_coupled(self) -> bool:
@@ -187,27 +190,29 @@ class BCO:
             )
         if not self.udm:
             return
-        encode = self.encode or TextEncoder(self.matching.encoder)
+        how, n = self.matching, len(label)
+        encode = self.encode or TextEncoder(how.encoder)
 
         def make(folder: Path) -> None:
             vectors_NH = encode(["\n".join(said_by("user", g.example.prompt)) for g in run.every])
-            rng, train_NH = np.random.default_rng(self.matching.seed), vectors_NH[: len(label)]
-            some = [rng.permutation(np.flatnonzero(label == up))[: self.matching.prompts] for up in (True, False)]
+            rng, train_NH, most = np.random.default_rng(how.prompt_sample_seed), vectors_NH[:n], how.prompt_sample_size
+            some = [rng.permutation(np.flatnonzero(label == up))[:most] for up in (True, False)]
             save_ragged(folder / "p.npz", [desirable_probability(*(train_NH[i] for i in some), vectors_NH)])
 
-        inputs = {"encoder": describe(encode), "matching": describe(self.matching), "data": run.data_key()}
+        inputs = {"encoder": describe(encode), "matching": describe(how), "data": run.data_key()}
         (probability_N,) = load_ragged(run.stage("bco-matching", inputs, make) / "p.npz")
-        ratio_N = density_ratio(probability_N, self.matching.least, self.matching.most)
+        ratio_N = density_ratio(probability_N, how.min_density_ratio, how.max_density_ratio)
         for group, ratio in zip(run.every, ratio_N, strict=True):
             group.add_column(COLUMN, 1.0 if group.example.label else float(ratio))
-        self._report(run, ratio_N[: len(label)][~label], label)
+        self._report(run, ratio_N[:n][~label], label)
 
     def _report(self, run: Preparation, weight_D: np.ndarray, label: np.ndarray) -> None:
         """Say what the weights of the thumbs down are like, and that they say nothing where all are clipped."""
-        low, high = (weight_D <= self.matching.least).mean(), (weight_D >= self.matching.most).mean()
+        least, most = self.matching.min_density_ratio, self.matching.max_density_ratio
+        low, high = (weight_D <= least).mean(), (weight_D >= most).mean()
         run.report(
             f"bco: {label.sum()} thumbs up, {(~label).sum()} thumbs down weighing {weight_D.mean():.2f} on average; "
-            f"{low:.0%} at the clip of {self.matching.least}, {high:.0%} at {self.matching.most}"
+            f"{low:.0%} at the clip of {least}, {high:.0%} at {most}"
         )
         if low + high >= 1:
             run.report(

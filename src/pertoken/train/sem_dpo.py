@@ -153,6 +153,10 @@ class SemDPO:
         words = [bool(x.strip() and y.strip()) for x, y in zip(prompts, chosen, strict=True)]
         return np.where(words, d, np.nan)
 
+    def weights(self, prompts: Sequence[str], chosen: Sequence[str]) -> np.ndarray:
+        """W (N,) in [0, 1] of N prompts and chosen responses: a weight for any pairwise loss."""
+        return semantic_weights(self.distances(prompts, chosen), self.a)
+
     def prepare(self, run: Preparation) -> None:
         """Give every pair the column ``semantic_weight`` and report mean weight and effective sample size."""
         if self.a == 0:
