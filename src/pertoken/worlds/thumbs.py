@@ -4,7 +4,7 @@ Prompts are of two kinds that a sentence encoder can tell apart. Most thumbs up 
 most thumbs down to the other, and there are several times as many thumbs up; whether a response earned one is its
 score's sign, whatever the kind. Who learns from such a log may take the kind for the quality.
 
-`grammar_thumbs` does so in the 64-word sentiment language, where a response often names its prompt's thing and other
+`grammar_source` is the 64-word sentiment language, where a response often names its prompt's thing and other
 things beside it: things met outdoors, and things found indoors.
 """
 
@@ -24,21 +24,6 @@ from .experiment import group_of
 from .grammar import GRAMMARS, prompts, train_lm
 
 OUTDOORS = frozenset("cat dog boat car kite".split())
-
-
-@dataclass(frozen=True)
-class Thumbs:
-    """A log of labels, and pairs to evaluate with.
-
-    Attributes:
-        train: unpaired groups, up and down mixed.
-        validation, test: pairs of a good and a bad response to one prompt, on prompts of their own, the first half of
-            the first kind, the other half of the second.
-    """
-
-    train: list[Group]
-    validation: list[Group]
-    test: list[Group]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,30 +52,19 @@ class Source:
 
 
 def shifted_thumbs(
-    source: Source,
-    asked: dict[str, list[str]],
-    *,
-    up: int,
-    down: int,
-    mostly: float = 0.9,
-    n_validation: int = 200,
-    n_test: int = 400,
-    seed: int = 0,
-) -> Thumbs:
-    """Sample the log of a seed; the pairs to evaluate with are the same for every seed.
+    source: Source, asked: Sequence[str], *, up: int, down: int, mostly: float = 0.9, seed: int = 0
+) -> list[Group]:
+    """Sample the log of a seed: unpaired groups, up and down mixed.
 
     Args:
-        source: the model and the reward.
-        asked: prompts, ``train`` and ``test``; every fifth one of train is for validation.
+        source: the model and the reward. asked: prompts, used again and again.
         up, down: rows of each label.
         mostly: share of the thumbs up that the first kind of prompts has, and of the thumbs down that the second has.
-        n_validation, n_test: pairs.
 
     Raises:
-        ValueError: the samples do not give as many rows or pairs as were asked for.
+        ValueError: the samples do not give as many rows as were asked for.
     """
-    own = [p for i, p in enumerate(asked["train"]) if i % 5]
-    drawn = source([own[i % len(own)] for i in range(up + down)], 1 + seed)
+    drawn = source([asked[i % len(asked)] for i in range(up + down)], 1 + seed)
     order, rows = np.random.default_rng(seed).permutation(len(drawn)), []
     for label, wanted in ((True, up), (False, down)):
         first = round(wanted * (mostly if label else 1 - mostly))
@@ -99,9 +73,13 @@ def shifted_thumbs(
             if len(some) < n:
                 raise ValueError(f"{len(some)} of {n} rows of a kind and label; ask for fewer, or give more prompts")
             rows += [(prompt, label, trace) for prompt, _, trace in some]
-    mixed = [_row(*rows[i], row) for row, i in enumerate(np.random.default_rng(seed).permutation(len(rows)))]
-    validation = _pairs(source, asked["train"][::5], n_validation, 10**6)
-    return Thumbs(mixed, validation, _pairs(source, asked["test"], n_test, 2 * 10**6))
+    return [_row(*rows[i], row) for row, i in enumerate(np.random.default_rng(seed).permutation(len(rows)))]
+
+
+def split_prompts(asked: dict[str, list[str]]) -> dict[str, list[str]]:
+    """``train`` less every fifth prompt, which are ``validation``, and ``test``."""
+    kept = [p for i, p in enumerate(asked["train"]) if i % 5]
+    return {"train": kept, "validation": asked["train"][::5], "test": asked["test"]}
 
 
 def grammar_lm(progress: bool = True) -> LM:
@@ -109,12 +87,11 @@ def grammar_lm(progress: bool = True) -> LM:
     return load(str(train_lm(GRAMMARS["lexicon64"], seed=0, progress=progress)), device="cpu", attention="sdpa")
 
 
-def grammar_thumbs(seed: int = 0, *, up: int = 640, down: int = 160, progress: bool = True, **options: Any) -> Thumbs:
-    """The log of a seed in that language; see `shifted_thumbs` for the options."""
+def grammar_source(progress: bool = True) -> tuple[Source, dict[str, list[str]]]:
+    """That language as a source, and its prompts of each split; the first kind is outdoors."""
     grammar = GRAMMARS["lexicon64"]
     outdoors = lambda prompt: bool(OUTDOORS & set(prompt.split()))
-    source = Source(lm=grammar_lm(progress), score=grammar.score, kind=outdoors)
-    return shifted_thumbs(source, prompts(grammar), up=up, down=down, seed=seed, **options)
+    return Source(lm=grammar_lm(progress), score=grammar.score, kind=outdoors), split_prompts(prompts(grammar))
 
 
 def _row(prompt: str, label: bool, trace: Trace, row: int) -> Group:
@@ -122,8 +99,13 @@ def _row(prompt: str, label: bool, trace: Trace, row: int) -> Group:
     return Group(example=example, prompt_ids=trace.prompt_ids, traces=(trace,))
 
 
-def _pairs(source: Source, asked: Sequence[str], n: int, seed: int) -> list[Group]:
-    """n pairs, half of each kind of prompt: the first good and the first bad one of a prompt's samples."""
+def same_prompt_pairs(source: Source, asked: Sequence[str], n: int, seed: int = 10**6) -> list[Group]:
+    """n pairs to evaluate with, the first half on prompts of the first kind: the first good and the first bad one of a
+    prompt's samples.
+
+    Raises:
+        ValueError: the samples do not give as many pairs as were asked for.
+    """
     groups: dict[bool, list[Group]] = {True: [], False: []}
     for turn in range(16):
         by_prompt: dict[str, list[tuple[float, Trace]]] = {}
