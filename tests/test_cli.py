@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pertoken.catalog import methods
 from pertoken.cli import main
 from tests import tiny
 
@@ -33,6 +34,14 @@ def test_methods_lists_without_torch():
     script = "import sys; from pertoken.cli import main; main(['methods']); print('torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert "t-reg" in out and "2412.02685" in out and out.strip().endswith("False")
+
+
+@pytest.mark.parametrize("slug", [row.slug for row in methods() if row.room == "train"])
+def test_every_training_method_shows_its_options(slug, capsys):
+    """No name of an option is one of the run's, too: nested groups are flattened."""
+    with pytest.raises(SystemExit) as ended:
+        main(["train", slug, "--help"])
+    assert ended.value.code == 0 and "method options" in capsys.readouterr().out
 
 
 def test_about_shows_equation_and_options(capsys):

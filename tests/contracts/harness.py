@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import typing
 from collections.abc import Mapping, Sequence
@@ -101,9 +102,10 @@ def objective_pass(
         groups: of `make_groups`, all of them one batch.
         tree: as `pack`; chunk: positions that reach the LM head together; pad_left: padding first.
         outside: a value that all statistics get on tokens that the policy did not emit, and beyond the ends.
-        models: by name; default: `model` of each name. state: default: `state_of` the objective.
+        models: by name; default: `model` of each name. state: default: a copy of `state_of` the objective, since a
+            pass may change it.
     """
-    needs, state = needs_of(objective), state or state_of(objective)
+    needs, state = needs_of(objective), state or copy.deepcopy(state_of(objective))
     models = models or {name: model(name) for name in needs.stats}
     layout: dict[str, Any] = {"tree": tree, "max_tokens": 1 << 20, "pad_left": pad_left, "ends": needs.ends}
     packs = pack([g.traces for g in groups], cost=_ONE_PACK, **layout)
@@ -134,10 +136,14 @@ def make_batch(
     """What the objective sees beside the statistics, for completions in the order of a pack."""
     columns: dict[str, Tensor] = {}
     for name in groups[0].columns:
+        given = [groups[g].columns[name] for g, _ in order]
+        entries = [c[k] if isinstance(c, list) else c for c, (_, k) in zip(given, order, strict=True)]
+        if not np.ndim(entries[0]):  # a number a completion, or one for the group
+            columns[name] = torch.tensor(entries, dtype=torch.float64)
+            continue
         columns[name] = torch.zeros(shape, dtype=torch.float64)
-        for i, (g, k) in enumerate(order):
-            values = torch.as_tensor(groups[g].columns[name][k])
-            columns[name][i, : len(values)] = values
+        for row, values in zip(columns[name], map(torch.as_tensor, entries), strict=True):
+            row[: len(values)] = values
     if getattr(objective, "mismatched", False):
         columns["mismatched_N"] = torch.tensor([k == 1 for _, k in order])
     pairs = label = None
@@ -178,6 +184,9 @@ def make_groups(
             for i, trace in enumerate(group.traces):
                 mask[i, : len(trace)] = trace.mask
             for name, column in example_columns(rng, torch.from_numpy(mask)).items():
+                if column.ndim < 2:  # numbers: one for the group, or one a completion
+                    group.add_column(name, column.tolist())
+                    continue
                 group.add_column(name, [np.asarray(row)[: len(t)] for row, t in zip(column, group.traces, strict=True)])
     return groups
 

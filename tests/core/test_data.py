@@ -23,6 +23,7 @@ from pertoken.core.data import (
     load_examples,
     split_by_prompt,
 )
+from pertoken.core.examples import said_by
 from pertoken.core.lm import LM
 
 U, A = "user", "assistant"
@@ -196,6 +197,12 @@ def test_optional_columns_and_the_rest():
     assert (example.label, example.scores, example.aspects) == (False, (1.0,), {"wit": (2.0,)})
 
 
+def test_what_somebody_says_is_words_turn_by_turn():
+    dialogue = turns("p", "a", "q")
+    assert [said_by(role, dialogue) for role in ("user", "assistant", "system")] == [["p", "q"], ["a"], []]
+    assert said_by("user", "p") == said_by("assistant", "p") == ["p"]
+
+
 def test_conversations_with_an_explicit_prompt():
     reply = turns("good", first=A), turns("bad", first=A)
     (example,), _ = load_examples([{"prompt": turns("p"), "chosen": reply[0], "rejected": reply[1]}])
@@ -305,7 +312,7 @@ def test_invalid_rows_are_refused_and_counted():
     }
     assert report.total == len(rows)
     _, report = load_examples([{"prompt": "p", "completion": "a", "label": x} for x in (True, 1, "yes", 0.5)])
-    assert report.refused == {"label is not true or false": [2, 3]}
+    assert report.refused == {"label is not true or false, 1 or 0, up or down": [2, 3]}
     with pytest.raises(
         ValueError, match=r"rows holds no row that can be used: refused 2: without prompt \(rows 0, 1\)"
     ):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .examples import KINDS, DataReport, Example, Refused, Text, as_kind, one_of, split_by_prompt
+from .examples import KINDS, DataReport, Example, Refused, Text, as_kind, one_of, said_by, split_by_prompt
 from .formats import example_of, kind_of_columns, mixture_parts, rename, rows_of
 from .trace import Trace
 
@@ -278,10 +278,7 @@ def _group(
 ) -> tuple[Group, bool]:
     """One example as a group, and whether its prompt was cut."""
     for response in example.responses:
-        spoken = (
-            [response] if isinstance(response, str) else [m["content"] for m in response if m["role"] == "assistant"]
-        )
-        if not all(text.strip() for text in spoken):
+        if not all(text.strip() for text in said_by("assistant", response)):
             raise Refused("empty response")
     if not all(math.isfinite(x) for numbers in (example.scores or (), *example.aspects.values()) for x in numbers):
         raise Refused("a score is not finite")

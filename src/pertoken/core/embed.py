@@ -86,6 +86,12 @@ class TextEncoder:
         width = int(self.model.config.hidden_size)
         return np.stack(rows) if rows else np.zeros((0, width), np.float32)
 
+    def too_long(self, texts: Sequence[str]) -> int:
+        """How many of these texts lie beyond the window, whether their vectors are known already or not."""
+        cut = {"truncation": True, "max_length": self.max_tokens, "return_overflowing_tokens": True}
+        windows = self.tokenizer(list(texts), **cut)["overflow_to_sample_mapping"] if len(texts) else []
+        return int((np.bincount(windows) > 1).sum()) if len(windows) else 0
+
     def _compute(self, texts: list[str]) -> list[np.ndarray]:
         """Mean over the tokens of each text, special ones included (as all-MiniLM was trained)."""
         cut = {"truncation": True, "max_length": self.max_tokens, "return_overflowing_tokens": True}

@@ -197,6 +197,12 @@ def one_of(option: str, value: str, known: Sequence[str]) -> None:
         raise ValueError(f"{option}={value!r} is not one of {', '.join(known)}")
 
 
+def said_by(role: str, text: Text) -> list[str]:
+    """What the ``user`` or the ``assistant`` says in a prompt or a response, turn by turn, without any template; plain
+    text is one turn of whoever is asked for."""
+    return [text] if isinstance(text, str) else [m["content"] for m in text if m["role"] == role]
+
+
 def _opening(prompt: Text) -> str:
     """All up to the first user turn, so that a text and the same text as a message are one."""
     turns = [("user", prompt)] if isinstance(prompt, str) else [(m["role"], m["content"]) for m in prompt]

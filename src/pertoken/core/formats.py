@@ -33,6 +33,7 @@ _MADE_OF = {
 FILES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 _SPLITS = {name: name for name in ("train", "test", "validation")}
 _SPLITS |= {"valid": "validation", "val": "validation", "dev": "validation", "eval": "test"}
+_THUMBS = {"up": True, "down": False}
 _TRANSCRIPT = re.compile(r"\s*Human:.*\n\nAssistant:", re.DOTALL)  # Anthropic's HH
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 _ASSISTANT = "\n\nAssistant:"
@@ -148,8 +149,7 @@ def example_of(row: Any, kind: str, *, source: str, row_number: int, transcripts
     missing = [name for name, value in zip(names, responses, strict=True) if value is None]
     if missing or (kind == "prompt" and prompt is None):
         raise Refused(f"without {' and '.join(missing or ['prompt'])}")
-    if kind == "unpaired" and not (isinstance(label, bool) or (isinstance(label, int) and label in (0, 1))):
-        raise Refused("label is not true or false")
+    label = _label(label) if kind == "unpaired" else None
     shared, texts = conversation(prompt, responses, transcripts)
     if isinstance(prompt, str) and isinstance(shared, tuple) and not any(m["content"] in prompt for m in shared):
         left["prompt"] = prompt  # the conversations carry another prompt; this one is not lost
@@ -160,7 +160,7 @@ def example_of(row: Any, kind: str, *, source: str, row_number: int, transcripts
         prompt=shared,
         responses=texts,
         kind=kind,
-        label=None if label is None else bool(label),
+        label=label,
         scores=None if all(score is None for score in given) else tuple(_number(score) for score in given),
         source=source,
         row=row_number,
@@ -184,6 +184,15 @@ def _known(left: dict[str, Any], k: int) -> dict[str, Any]:
             del left["aspects"]
             out["aspects"] = {a: tuple(float(x) for x in v) for a, v in aspects.items()}
     return out
+
+
+def _label(value: Any) -> bool:
+    """A thumb: True or False, 1 or 0, "up" or "down"."""
+    if isinstance(value, str) and value in _THUMBS:
+        return _THUMBS[value]
+    if isinstance(value, bool) or (isinstance(value, int) and value in (0, 1)):
+        return bool(value)
+    raise Refused("label is not true or false, 1 or 0, up or down")
 
 
 def _number(value: Any) -> float:

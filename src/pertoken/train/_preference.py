@@ -82,3 +82,15 @@ def pair_metrics(
 def pair_loss(losses_B: Tensor, rewards_N: Tensor, stats: Mapping[str, Stats], batch: Batch) -> Loss:
     """The mean over pairs of `losses_B`, as sum and count, with the usual metrics."""
     return Loss(losses_B.sum(), float(len(losses_B)), pair_metrics(rewards_N, stats, batch))
+
+
+def label_metrics(
+    rewards_N: Tensor, logps_N: Tensor, label_N: Tensor
+) -> dict[str, tuple[Tensor | float, Tensor | float]]:
+    """Of unpaired data: sums and counts over the rows of each label, under TRL's names."""
+    out: dict[str, tuple[Tensor | float, Tensor | float]] = {}
+    for side, where in (("chosen", label_N), ("rejected", ~label_N)):
+        count = float(where.sum())
+        out[f"rewards/{side}"] = (rewards_N[where].detach().sum(), count)
+        out[f"logps/{side}"] = (logps_N[where].detach().sum(), count)
+    return out

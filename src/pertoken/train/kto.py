@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from ..core.distributed import summed
 from ..core.protocols import Batch, Loss
 from ..core.stats import Stats
-from ._preference import LOGP, implicit_rewards
+from ._preference import LOGP, implicit_rewards, label_metrics
 
 MISMATCHED = "mismatched_N"
 
@@ -119,7 +119,7 @@ class KTO:
             z0 = kl_estimate(r_N, batch.counts)
         weights = {"desirable_weight": self.desirable_weight, "undesirable_weight": self.undesirable_weight}
         losses_N = kto_loss(r_N, label_N, z0, beta=self.beta, **weights)
-        metrics = _metrics(self.beta * r_N.detach(), stats["policy"].sums().detach()[matched_N], label_N)
+        metrics = label_metrics(self.beta * r_N.detach(), stats["policy"].sums().detach()[matched_N], label_N)
         if self.batch_coupled:  # only then does this call see the whole batch
             metrics["kl"] = (z0, 1.0)
             sides = (*metrics["rewards/chosen"], *metrics["rewards/rejected"])
@@ -127,13 +127,3 @@ class KTO:
             if n_up > 0 and n_down > 0:
                 metrics["rewards/margins"] = (up / n_up - down / n_down, 1.0)
         return Loss(losses_N.sum(), float(len(losses_N)), metrics)
-
-
-def _metrics(rewards_N: Tensor, logps_N: Tensor, label_N: Tensor) -> dict[str, tuple[Tensor | float, Tensor | float]]:
-    """Sums and counts over the rows of each label, under TRL's names."""
-    out: dict[str, tuple[Tensor | float, Tensor | float]] = {}
-    for side, where in (("chosen", label_N), ("rejected", ~label_N)):
-        count = float(where.sum())
-        out[f"rewards/{side}"] = (rewards_N[where].sum(), count)
-        out[f"logps/{side}"] = (logps_N[where].sum(), count)
-    return out
