@@ -146,6 +146,17 @@ _ROWS = (
         models=("reference",),
     ),
     Method(
+        "aligndistil",
+        "train",
+        "pertoken.train.aligndistil:AlignDistil",
+        "Token-level alignment as adaptive distillation into a teacher extrapolated from two DPO models",
+        system="aligndistil",
+        paper="2503.02832",
+        level="token",
+        data="pairs",
+        models=("dpo", "reverse"),
+    ),
+    Method(
         "logratio",
         "score",
         "pertoken.score.logratio:LogRatio",
