@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import typing
 from collections.abc import Mapping, Sequence
@@ -53,7 +54,8 @@ def state_of(objective: Any) -> nn.Module | None:
     make = getattr(objective, "init_state", None)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return make(model("policy").causal.config).double() if make else None
+        made = make(model("policy").causal.config) if make else None
+        return made.double() if made is not None else None
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def objective_pass(
         outside: a value that all statistics get on tokens that the policy did not emit, and beyond the ends.
         models: by name; default: `model` of each name. state: default: `state_of` the objective.
     """
-    needs, state = needs_of(objective), state or state_of(objective)
+    needs, state = needs_of(objective), state or copy.deepcopy(state_of(objective))  # every pass draws alike
     models = models or {name: model(name) for name in needs.stats}
     packs = pack([g.traces for g in groups], cost=_ONE_PACK, tree=tree, max_tokens=1 << 20, pad_left=pad_left)
     assert len(packs) == 1
@@ -120,10 +122,10 @@ def make_batch(
     """What the objective sees beside the statistics, for completions in the order of a pack."""
     columns: dict[str, Tensor] = {}
     for name in groups[0].columns:
-        columns[name] = torch.zeros(shape, dtype=torch.float64)
-        for i, (g, k) in enumerate(order):
-            values = torch.as_tensor(groups[g].columns[name][k])
-            columns[name][i, : len(values)] = values
+        entries = [torch.as_tensor(groups[g].columns[name][k], dtype=torch.float64) for g, k in order]
+        columns[name] = torch.zeros(shape if entries[0].ndim else shape[:1], dtype=torch.float64)
+        for i, values in enumerate(entries):
+            columns[name][(i, slice(len(values))) if values.ndim else i] = values
     if getattr(objective, "mismatched", False):
         columns["mismatched_N"] = torch.tensor([k == 1 for _, k in order])
     pairs = label = None
@@ -164,7 +166,9 @@ def make_groups(
             for i, trace in enumerate(group.traces):
                 mask[i, : len(trace)] = trace.mask
             for name, column in example_columns(rng, torch.from_numpy(mask)).items():
-                group.add_column(name, [np.asarray(row)[: len(t)] for row, t in zip(column, group.traces, strict=True)])
+                rows = [np.asarray(row) for row in column]
+                cut = [row[: len(t)] if row.ndim else float(row) for row, t in zip(rows, group.traces, strict=True)]
+                group.add_column(name, cut)
     return groups
 
 

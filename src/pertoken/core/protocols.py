@@ -111,6 +111,7 @@ class Preparation(Protocol):
     """What `Objective.prepare` is given."""
 
     groups: list[Group]
+    held_out: list[Group]
     policy: LM
 
     @property
