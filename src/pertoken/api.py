@@ -6,6 +6,7 @@ This is the one place where core and the catalog meet; rooms never see it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +49,8 @@ class TrainOptions:
     """System turn put before every text prompt."""
     template: str = "auto"
     """auto, chat or plain."""
+    transform: str | None = None
+    """Method that rewrites the pairs before training: reward-augmented, or with options SLUG:NAME=VALUE,NAME=VALUE."""
     dtype: str = "float32"
     """Weights: float32, bfloat16, float16."""
     lora: int | None = None
@@ -65,23 +68,76 @@ def training_data(
     """Load, split by prompt and encode; every refused row is told.
 
     Raises:
-        ValueError: no data named; not one usable row.
+        ValueError: no data named; not one usable row; a transform that there is not, or that takes other data.
     """
     if not options.data:
         raise ValueError("no data: give --data FILE.jsonl (prompt, chosen, rejected), a folder or a Hub id")
     kind = _KINDS[objective_data]
+    transform = make_transform(options.transform, lm) if options.transform else None
+    if transform and kind != "pair":
+        raise ValueError(f"--transform {options.transform} rewrites pairs, and this method takes {objective_data} data")
     read, report = load_examples(options.data, kind=kind, limit=options.limit, seed=options.loop.seed)
     if options.eval_data:
         held, held_report = load_examples(options.eval_data, kind=kind, limit=options.limit)
         train, report = read, report.merge(held_report)
     else:
         train, held = split_by_prompt(read, test=options.test_share, seed=options.loop.seed)
-    groups, one = encode(train, lm, max_length=options.max_length, system=options.system)
-    held_out, two = encode(held, lm, max_length=options.max_length, system=options.system)
+    system = options.system
+    if system and lm.template == "chat":  # part of the prompts' messages, where a transform finds it
+        train, held, system = with_system(train, system), with_system(held, system), None
+    if transform:
+        (train, one), (held, two) = transform(train, required=True), transform(held, required=False)
+        report = report.then(one.merge(two))
+    groups, one = encode(train, lm, max_length=options.max_length, system=system)
+    held_out, two = encode(held, lm, max_length=options.max_length, system=system)
     report = report.then(one.merge(two))
     for line in report.lines():
         say(line)
     return groups, held_out, report
+
+
+def with_system(examples: Sequence[Example], system: str) -> list[Example]:
+    """Examples with a system turn as the first of their prompt's messages."""
+    first = {"role": "system", "content": system}
+
+    def turns(prompt: Any) -> tuple[dict[str, Any], ...]:
+        return (first, *([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt))
+
+    return [dataclasses.replace(e, prompt=turns(e.prompt)) for e in examples]
+
+
+def make_transform(text: str, lm: LM) -> Callable[..., tuple[list[Example], DataReport]]:
+    """The transform of a method of the catalog, ready for a model.
+
+    Args:
+        text: ``SLUG``, or ``SLUG:NAME=VALUE,...`` with its options (``goal.place=user``); values are read as YAML.
+
+    Raises:
+        ValueError: no such method or option; a method that transforms no data.
+    """
+    import re
+
+    import yaml
+
+    from .run_file import merged
+
+    slug, _, words = text.partition(":")
+    kind = catalog.method(slug)
+    if not hasattr(kind, "transform"):
+        raise ValueError(f"{slug} transforms no data; --transform reward-augmented does")
+    changes: dict[str, Any] = {}
+    for word in re.split(r",(?![^\[]*\])", words) if words else ():
+        name, equals, value = word.partition("=")
+        if not equals:
+            raise ValueError(f"--transform {text}: write SLUG:NAME=VALUE,NAME=VALUE")
+        *groups, option = name.strip().split(".")
+        place = changes
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[option] = yaml.safe_load(value)
+    options = merged(kind(), changes, f"--transform {slug}")
+    named = getattr(getattr(options, "scoring", None), "score_with", "")
+    return functools.partial(options.transform, lm=lm, scorer=make_scorer(named, lm) if named else None)
 
 
 def align(

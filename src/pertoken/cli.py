@@ -191,12 +191,28 @@ def _train_kind(slug: str) -> Any:
     from .api import TrainOptions
     from .catalog import method
 
-    own, run = _typed(method(slug)), TrainOptions
+    own, run = _typed(method(slug)), _on_one_screen(TrainOptions)
     fields = [
         ("method", own, dataclasses.field(default_factory=own)),
         ("run", run, dataclasses.field(default_factory=run)),
     ]
     return dataclasses.make_dataclass("Train", fields)
+
+
+def _on_one_screen(kind: type[Any]) -> type[Any]:
+    """The options of a run without one that only a run file needs to say (keep): thirty are enough for one help."""
+    import typing
+
+    import tyro
+
+    from .core.loop import LoopConfig
+
+    hidden = [("keep", typing.Annotated[int, tyro.conf.Suppress], dataclasses.field(default=LoopConfig().keep))]
+    loop = dataclasses.make_dataclass("LoopConfig", hidden, bases=(LoopConfig,), frozen=True, kw_only=True)
+    shown = [("loop", loop, dataclasses.field(default_factory=loop))]
+    run = dataclasses.make_dataclass(kind.__name__, shown, bases=(kind,), frozen=True, kw_only=True)
+    loop.__doc__, run.__doc__ = LoopConfig.__doc__, kind.__doc__
+    return run
 
 
 def _typed(kind: type[Any]) -> type[Any]:
@@ -251,7 +267,9 @@ def _compare(words: Sequence[str]) -> None:
     if not words or words[0] not in ("train",):
         raise ValueError("compare what? pertoken compare train dpo t-reg --data pairs.jsonl --seeds 1 2 3")
     slugs, rest = _leading(words[1:])
-    args = _parse(comparison.CompareOptions, rest, "compare train METHOD METHOD...", "Train methods side by side.")
+    args = _parse(
+        _on_one_screen(comparison.CompareOptions), rest, "compare train METHOD METHOD...", "Train methods side by side."
+    )
     settings = _settings(args.set, [s.partition("=")[0] for s in slugs])
     print(comparison.compare_train(slugs, args, settings, say=_say).report)
 

@@ -34,7 +34,7 @@ def read_run_file(path: Path, default: Any) -> Any:
     if not isinstance(data, dict):
         raise ValueError(f"{path} holds no mapping of options; write NAME: VALUE lines under method: and run:")
     data.pop("name", None)
-    return _merged(default, data, str(path))
+    return merged(default, data, str(path))
 
 
 def write_run_file(path: Path, slug: str, options: Any) -> Path:
@@ -44,7 +44,12 @@ def write_run_file(path: Path, slug: str, options: Any) -> Path:
     return path
 
 
-def _merged(options: Any, data: Mapping[str, Any], where: str) -> Any:
+def merged(options: Any, data: Mapping[str, Any], where: str) -> Any:
+    """Options (nested dataclasses) with the values of a mapping.
+
+    Raises:
+        ValueError: a name that the options do not have; `where` says in what.
+    """
     known = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
     changes: dict[str, Any] = {}
     for key, value in data.items():
@@ -52,7 +57,8 @@ def _merged(options: Any, data: Mapping[str, Any], where: str) -> Any:
         if name not in known:
             raise ValueError(f"{where}: there is no option {key!r}; options here: {', '.join(known)}")
         nested = dataclasses.is_dataclass(known[name]) and isinstance(value, Mapping)
-        changes[name] = _merged(known[name], value, f"{where}: {key}") if nested else value
+        value = tuple(value) if isinstance(value, list) and isinstance(known[name], tuple) else value
+        changes[name] = merged(known[name], value, f"{where}: {key}") if nested else value
     return dataclasses.replace(options, **changes)
 
 

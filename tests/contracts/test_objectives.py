@@ -82,7 +82,8 @@ def test_loss_is_total(row, objective):
         k = 2 if objective.data == "pairs" else 1
         for completions in [traces] if k == 2 else [traces[:1], traces[1:]]:
             beside = [[other]] if getattr(objective, "mismatched", False) else []  # a response to another prompt
-            found = objective_pass(objective, make_groups(objective, completions=[completions, *beside]))
+            again_and_again = [completions] * getattr(objective, "least_pairs", 1)  # some refuse to look at one alone
+            found = objective_pass(objective, make_groups(objective, completions=[*again_and_again, *beside]))
             assert math.isfinite(found.sum) and math.isfinite(found.count)
             assert torch.isfinite(found.grads).all()
             assert all(math.isfinite(x) for pair in found.metrics.values() for x in pair)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .examples import KINDS, DataReport, Example, Refused, Text, as_kind, one_of, said_by, split_by_prompt
+from .examples import KINDS, PINNED, DataReport, Example, Refused, Text, as_kind, one_of, said_by, split_by_prompt
 from .formats import example_of, kind_of_columns, mixture_parts, rename, rows_of
 from .trace import Trace
 
@@ -31,6 +31,7 @@ __all__ = [
     "batches",
     "check_data",
     "encode",
+    "fit_prompt",
     "load_examples",
     "split_by_prompt",
 ]
@@ -122,7 +123,8 @@ def load_examples(
     Columns are TRL's: ``prompt, chosen, rejected`` (pair), ``prompt, completion, label`` (unpaired), ``prompt,
     completion`` or ``messages`` (sft), ``prompt``; text or messages. What both conversations of a pair begin with is
     the prompt if there is none. Also read: ``score_chosen, score_rejected`` or ``score``, ``aspects`` (aspect -> a
-    number, or one a response), ``annotator``, ``criterion``, ``tags``. Other columns go to `Example.extra`.
+    number, or one a response), ``annotator``, ``criterion``, ``tags``. Other columns go to `Example.extra`; of them,
+    ``pinned`` is text of the prompt that is never cut off.
 
     Args:
         source: a JSONL or JSON file (also .gz), or Parquet; a folder of them; a Hub dataset id, if there is no such
@@ -190,8 +192,8 @@ def encode(
     """Tokenize examples, each response once.
 
     Refused are: an empty response, an identical pair, a score that is not finite, a response that leaves no room for a
-    single prompt token, and what the model's template refuses. A prompt that is too long loses its left end (a BOS
-    stays), so that the longest response fits whole; this is noted as ``prompt cut``.
+    single prompt token, and what the model's template refuses. A prompt that is too long loses its left end, so that
+    the longest response fits whole (`fit_prompt`); this is noted as ``prompt cut``.
 
     Args:
         examples: of any kind.
@@ -229,6 +231,61 @@ def encode(
     if examples:
         report.some_kept("the data")
     return groups, report
+
+
+def fit_prompt(
+    prompt: Text, lm: LM, room: int, *, pinned: Any = None, system: str | None = None
+) -> tuple[tuple[int, ...], bool]:
+    """Ids of a prompt in at most `room` tokens, and whether something was cut off.
+
+    What is cut is the left end of the ids (a BOS stays). A prompt that holds `pinned` text, at the beginning of its
+    system turn or of its first user turn, keeps that text and its system turn whole: it loses its oldest turns, then
+    the beginning of the user's last words.
+
+    Raises:
+        Refused: the pinned text alone does not fit.
+    """
+    ids = lm.encode_prompt(prompt, system)
+    if len(ids) <= room:
+        return ids, False
+    texts = [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt if m["role"] in ("system", "user")]
+    if isinstance(pinned, str) and pinned and any(text.startswith(pinned) for text in texts):
+        return _cut_words(prompt, lm, room, pinned, system), True
+    bos = getattr(lm.view.tokenizer, "bos_token_id", None)
+    # models do badly without their BOS; a template whose every turn begins with that id has no such thing
+    keep = ids[:1] if room > 1 and ids[0] == bos and ids.count(bos) == 1 else ()
+    return keep + ids[len(ids) - room + len(keep) :], True
+
+
+def _cut_words(prompt: Text, lm: LM, room: int, pinned: str, system: str | None) -> tuple[int, ...]:
+    """Ids of a prompt whose turns and words were left out from the oldest on, all but the pinned ones."""
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+    head = [m for m in turns if m["role"] == "system"]
+    first = next((m for m in turns if m["role"] == "user" and m["content"].startswith(pinned)), None)
+    if first is not None:
+        first["content"] = first["content"].removeprefix(pinned)
+    body = [m for m in turns if m["role"] != "system"]
+    starts = [i for i, m in enumerate(body) if m["role"] == "user"]
+
+    def ids(start: int, skip: int = 0) -> tuple[int, ...]:
+        words = body[start]["content"][skip:]
+        turn = body[start] | {"content": words if first is None else pinned + words}
+        kept = [*head, turn, *body[start + 1 :]]
+        return lm.encode_prompt(turn["content"] if isinstance(prompt, str) else kept, system)
+
+    for start in starts:
+        if len(whole := ids(start)) <= room:
+            return whole
+    start = starts[-1] if starts else -1
+    low, high = 0, len(body[start]["content"]) if starts else 0
+    if not starts or len(ids(start, high)) > room:
+        raise Refused(f"{pinned!r} does not fit into {room} tokens; raise max_length")
+    while low < high:  # the shortest cut that fits
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if len(ids(start, middle)) > room else (low, middle)
+    while len(ids(start, low)) > room:  # a cut may fall between two merged letters and add a token
+        low += 1
+    return ids(start, low)
 
 
 def batches(n: int, batch_size: int, *, seed: int, epoch: int, drop_last: bool = False) -> list[list[int]]:
@@ -282,7 +339,6 @@ def _group(
             raise Refused("empty response")
     if not all(math.isfinite(x) for numbers in (example.scores or (), *example.aspects.values()) for x in numbers):
         raise Refused("a score is not finite")
-    prompt_ids = lm.encode_prompt(example.prompt, system)
     said = [_completion(example.prompt, response, lm) for response in example.responses]
     if example.kind == "pair" and said[0]["completion_ids"] == said[1]["completion_ids"]:
         raise Refused("identical pair")
@@ -290,12 +346,7 @@ def _group(
     if longest >= length:
         raise Refused(f"a response does not fit into {length} tokens beside its prompt; shorten it or raise max_length")
     room = min(length - longest, max_prompt_length or length)
-    cut = len(prompt_ids) > room
-    if cut:
-        bos = getattr(lm.view.tokenizer, "bos_token_id", None)
-        # models do badly without their BOS; a template whose every turn begins with that id has no such thing
-        keep = prompt_ids[:1] if room > 1 and prompt_ids[0] == bos and prompt_ids.count(bos) == 1 else ()
-        prompt_ids = keep + prompt_ids[len(prompt_ids) - room + len(keep) :]
+    prompt_ids, cut = fit_prompt(example.prompt, lm, room, pinned=example.extra.get(PINNED), system=system)
     shared = {
         "prompt_ids": prompt_ids,
         "prompt_pieces": lm.view.pieces(prompt_ids, at_start=not cut),

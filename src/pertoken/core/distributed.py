@@ -1,4 +1,5 @@
-"""Figures that an objective shares over the processes of a run: sums and counts are added, never means."""
+"""Figures that an objective shares over the processes of a run: sums and counts are added, never means; values that
+must be seen one by one are gathered."""
 
 from __future__ import annotations
 
@@ -23,6 +24,26 @@ def summed(*values: Tensor | float) -> list[Tensor]:
         for value in own:
             torch.distributed.all_reduce(value)
     return own
+
+
+def gathered(values: Tensor) -> Tensor:
+    """The values of all processes, detached, in the order of the processes; with one process, its own. All processes
+    must call it together, each with as many as it has (none, even).
+
+    Args:
+        values: shape (n,).
+    """
+    own = values.detach()
+    if _alone or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return own.clone()
+    world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    lengths = torch.zeros(world, dtype=torch.long, device=own.device)
+    lengths[rank] = len(own)
+    torch.distributed.all_reduce(lengths)
+    table = own.new_zeros(world, int(lengths.max()))  # a sum with zeros is exact
+    table[rank, : len(own)] = own
+    torch.distributed.all_reduce(table)
+    return torch.cat([row[:n] for row, n in zip(table, lengths.tolist(), strict=True)])
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ Turns = tuple[dict[str, Any], ...]
 Text = str | Turns
 
 KINDS = ("pair", "unpaired", "sft", "prompt")
+PINNED = "pinned"  # key of Example.extra: text of the prompt that is never cut off
 
 
 class Refused(ValueError):
@@ -149,6 +151,40 @@ def as_kind(examples: Iterable[Example], kind: str) -> list[Example]:
         else:
             raise ValueError(f"row {example.row}: a {example.kind} example cannot become {kind}; give {kind} data")
     return out
+
+
+def ranked_pairs(
+    prompt: Text,
+    responses: Sequence[Text],
+    ranks: Sequence[float],
+    scores: Sequence[float] | None = None,
+    **fields: Any,
+) -> list[Example]:
+    """All comparisons of a ranked list, at most n(n-1)/2, instead of the best against the worst alone.
+
+    Args:
+        prompt, responses: n responses to one prompt.
+        ranks: 1 is best; of equal ranks no pair is made.
+        scores: of the responses, if there are any.
+        fields: of `Example` (row, source...).
+
+    Returns:
+        Pairs, by rank of the chosen, then of the rejected, then in the order given.
+
+    Raises:
+        ValueError: not one rank (and score) a response, or a rank that is not a number.
+    """
+    if not len(responses) == len(ranks) == len(scores if scores is not None else ranks):
+        raise ValueError(f"{len(responses)} responses, {len(ranks)} ranks; give one rank (and one score) a response")
+    if any(math.isnan(r) for r in ranks):
+        raise ValueError(f"ranks={list(ranks)} hold one that is not a number; leave that response out")
+    order = sorted(range(len(ranks)), key=lambda i: ranks[i])
+    pairs = [(w, lo) for a, w in enumerate(order) for lo in order[a + 1 :] if ranks[w] < ranks[lo]]
+    both = lambda values, pair: None if values is None else tuple(float(values[i]) for i in pair)
+    return [
+        Example(prompt=prompt, responses=(responses[p[0]], responses[p[1]]), scores=both(scores, p), **fields)
+        for p in pairs
+    ]
 
 
 def split_by_prompt(

@@ -159,4 +159,15 @@ _SLOTS45 = {
     "learning_rate": 3e-3,
 }
 
-PRESETS = {"reviews": _REVIEWS, "lexicon64": _LEXICON64, "slots45": _SLOTS45}
+# The same language for reward-augmented training: half of the prompts begin with a goal, one of ten number words that
+# the completions do not depend on. So its LM has seen the words, and they mean nothing to it.
+_GOALS = _LEXICON64 | {
+    "slots": {**_LEXICON64["slots"], "GOAL": "GOAL"},
+    "rules": {
+        **_LEXICON64["rules"],
+        "GOAL": "1 1 | 1 2 | 1 3 | 1 4 | 1 5 | 1 6 | 1 7 | 1 8 | 1 9 | 1 10",
+        "PROMPT": "we =DID the =THING in the =PLACE : | aim =GOAL : we =DID the =THING in the =PLACE :",
+    },
+}
+
+PRESETS = {"reviews": _REVIEWS, "lexicon64": _LEXICON64, "slots45": _SLOTS45, "goals": _GOALS}

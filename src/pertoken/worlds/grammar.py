@@ -93,10 +93,17 @@ class Grammar:
         bindings: list[dict[str, str]] = [{}]
         for slot, symbol in self.slots.items():
             bindings = [env | {slot: side[0]} for env in bindings for side in self.table()[resolve(symbol, env)][1]]
-        sides = self.table()["PROMPT"][1]
-        found = {tuple(resolve(s, env) for s in side): env for side in sides for env in bindings}
-        if len(found) < len(sides) * len(bindings):  # the completion's words would depend on a slot nobody can read
-            raise ValueError(f"grammar {self.name!r}: two prompts read the same; name every slot in every PROMPT")
+        others = " ".join(text for name, text in self.rules.items() if name != "PROMPT")
+        meant = [slot for slot in self.slots if f"={slot}" in others or f"<{slot}>" in others]
+        found: dict[tuple[str, ...], dict[str, str]] = {}
+        for side in self.table()["PROMPT"][1]:
+            for env in bindings:
+                there = found.setdefault(tuple(resolve(s, env) for s in side), env)
+                if any(there[slot] != env[slot] for slot in meant):  # completions depend on a slot nobody can read
+                    raise ValueError(
+                        f"grammar {self.name!r}: two prompts read the same; name every slot that a completion uses in "
+                        "every PROMPT"
+                    )
         return found
 
     @functools.cached_property
