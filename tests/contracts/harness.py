@@ -63,7 +63,7 @@ def state_of(objective: Any) -> nn.Module | None:
 
 
 def draws(row: Method, objective: Any) -> bool:
-    """Whether passes of an objective differ by chance: what its own attribute ``stochastic`` says; else a method that is
+    """Whether passes of an objective differ by chance: what its attribute ``stochastic`` says; else a method that is
     `stochastic`, unless all its chance is in its module, which draws nothing in evaluation mode."""
     own = getattr(objective, "stochastic", None)
     return own if own is not None else row.stochastic and not hasattr(objective, "init_state")

@@ -1,5 +1,6 @@
 """What every training objective of the catalog keeps. A new row is tested without writing a test."""
 
+import copy
 import dataclasses
 import importlib.util
 import json
@@ -151,21 +152,27 @@ def test_row_and_objective_agree(row):
     assert about(row.slug) is row
 
 
+def without_dropout(state):
+    """Training mode, as the step has it, where a state learns from the batch; without the chance in it."""
+    for module in state.train().modules() if state is not None else ():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+
+
 @every_row
 def test_the_loops_step_computes_the_same(row):
     """`ObjectiveStep`, cut into packs as it likes, sums to the one pass of the harness, and trains the policy alone."""
     objective = variants(row)[0]
     groups = make_groups(objective)
-    wanted = objective_pass(objective, groups)
+    state = copy.deepcopy(state_of(objective))
+    without_dropout(state)
+    wanted = objective_pass(objective, groups, state=state)
     policy = model("policy")
     others = {name: model(name) for name in objective.stats if name != "policy"}
     step = ObjectiveStep(objective, policy, groups, others=others, max_tokens=40)
-    state = state_of(objective)
-    if state is not None and step.state is not None:
-        step.state.double().load_state_dict(state.state_dict())
-        for module in step.state.modules():  # the step trains in training mode, the harness in evaluation mode
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
+    if step.state is not None:
+        step.state.double().load_state_dict(state_of(objective).state_dict())
+        without_dropout(step.state)
     found = step.run(list(range(len(groups))), train=True)
     weights = [p for module in step.modules.values() for p in module.parameters() if p.requires_grad]
     grads = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in weights])

@@ -449,7 +449,7 @@ def test_stages_then_distillation(tmp_path):
 
 def test_models_that_are_trained_already_and_options_of_the_stages(tmp_path):
     saved = tiny.lm(5, dtype=torch.float32, layers=1).save(tmp_path / "saved")
-    run = make_run(tmp_path, AlignDistil(teachers=Teachers(dpo=str(saved), steps=1, lr=1e-9)))
+    run = make_run(tmp_path, AlignDistil(teachers=Teachers(dpo=str(saved), stage_steps=1, stage_lr=1e-9)))
     start = weights_of(run.policy)
     run.objective.prepare(run)
     assert run.updates == 1 and len(run.stages.records) == 1

@@ -100,9 +100,9 @@ class Teachers:
     """Folder or Hub id of a DPO model that is trained already (with this beta), in place of stage a."""
     reverse: str = ""
     """The same for stage b."""
-    lr: float | None = None
+    stage_lr: float | None = None
     """Learning rate of both stages (default: the run's, as in the paper)."""
-    steps: int | None = None
+    stage_steps: int | None = None
     """Updates of each stage (default: as many as the run's)."""
 
 
@@ -176,7 +176,9 @@ class AlignDistil:
     def prepare(self, run: Preparation) -> None:
         """Train (or load) the DPO model and the third one; keep the chosen response of every training pair."""
         ours = self.teachers
-        config = {name: value for name, value in (("lr", ours.lr), ("steps", ours.steps)) if value is not None}
+        config = {
+            name: value for name, value in (("lr", ours.stage_lr), ("steps", ours.stage_steps)) if value is not None
+        }
         alike = {"device": str(run.policy.device), "dtype": run.policy.identity()["dtype"]}
         for name, path in (("dpo", ours.dpo), ("reverse", ours.reverse)):
             if name not in self.models:
