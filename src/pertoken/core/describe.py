@@ -9,15 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .lm import LM
 from .protocols import FunctionScorer
 
 
 def describe(thing: Any) -> Any:
-    """A method's options as JSON: dataclasses by field, models by identity, functions by their code and the constants
-    that they hold on to (two lambdas are not one scorer)."""
-    if isinstance(thing, LM):
-        return thing.identity()
+    """A method's options as JSON: models, and what else has an `identity()`, by that; dataclasses by field, functions
+    by their code and the constants that they hold on to (two lambdas are not one scorer)."""
+    if not isinstance(thing, type) and callable(identity := getattr(thing, "identity", None)):
+        return describe(identity())
     if dataclasses.is_dataclass(thing) and not isinstance(thing, type):
         fields = {f.name: describe(getattr(thing, f.name)) for f in dataclasses.fields(thing)}
         return {"type": type(thing).__name__, **fields}
