@@ -189,7 +189,9 @@ def rebuild(cls: type, data: Any) -> Any:
 
 
 def make_scorer(row: Method) -> Any:
-    """A scorer of the catalog with tiny models in the fields called lm, policy or reference."""
+    """A scorer of the catalog with tiny models in the fields called lm, policy or reference, and the options that its
+    class gives as an example, if its defaults do not do (`example_options`)."""
     cls = method(row.slug)
     models = {"lm": "policy", "policy": "policy", "reference": "reference"}
-    return cls(**{f.name: scoring_model(models[f.name]) for f in dataclasses.fields(cls) if f.name in models})
+    given = {f.name: scoring_model(models[f.name]) for f in dataclasses.fields(cls) if f.name in models}
+    return cls(**given, **getattr(cls, "example_options", dict)())
