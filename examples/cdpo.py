@@ -22,7 +22,7 @@ pushing down helps: the control s = 1, which pushes nothing down, does better th
 answers of this world teach little that the right ones do not. cDPO loses less to pushing down, above all at higher
 rates.
 
-    python examples/cdpo.py             about three minutes
+    python examples/cdpo.py             about three minutes, and one more the first time (the LM is trained)
     python examples/cdpo.py --controls  also the release's position-wise loss, and s = 1 (no push-down at all)
     python examples/cdpo.py --full      SmolLM2: contrastive estimation and cDPO on real text, a smoke run
 
