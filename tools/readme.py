@@ -89,7 +89,8 @@ def page(method, figures: list[dict]) -> str:
     path, docstring, options = source(method)
     summary, _, rest = docstring.partition("\n\n")
     name = method.slug.replace("-", "_")
-    files = [path.relative_to(ROOT).as_posix(), f"examples/{name}.py", f"tests/methods/test_{name}.py"]
+    examples = dict.fromkeys(f"examples/{s.replace('-', '_')}.py" for s in (method.slug, method.system))
+    files = [path.relative_to(ROOT).as_posix(), *examples, f"tests/methods/test_{name}.py"]
     facts = {
         "paper": paper(method),
         "system": method.system,

@@ -213,9 +213,11 @@ def rebuild(cls: type, data: Any) -> Any:
 
 
 def make_scorer(row: Method) -> Any:
-    """A scorer of the catalog with tiny models in the fields called lm, policy or reference; one that has to be fitted
-    has a classmethod `example`, which gives one with random weights."""
+    """A scorer of the catalog with tiny models in the fields called lm, policy or reference, and the options that its
+    class gives as an example, if its defaults do not do (`example_options`); one that has to be fitted has a
+    classmethod `example`, which gives one with random weights."""
     cls = method(row.slug)
     models = {"lm": "policy", "policy": "policy", "reference": "reference"}
+    given = {f.name: scoring_model(models[f.name]) for f in dataclasses.fields(cls) if f.name in models}
     made: Any = getattr(cls, "example", cls)
-    return made(**{f.name: scoring_model(models[f.name]) for f in dataclasses.fields(cls) if f.name in models})
+    return made(**given, **getattr(cls, "example_options", dict)())

@@ -1,6 +1,7 @@
-"""Options as JSON: what an encoder is, whichever object holds it."""
+"""Options as JSON: what an encoder is, whichever object holds it; what has an identity is described by it."""
 
 import json
+from dataclasses import dataclass
 
 from pertoken.core.cache import ArrayCache
 from pertoken.core.describe import describe
@@ -26,3 +27,20 @@ def test_an_encoder_is_its_weights_and_windows(tmp_path):
         assert encoder.too_long(texts) == sum(n > 4 for n in sizes) > 0
         encoder(texts)
     assert encoder.too_long([]) == 0
+
+
+@dataclass(frozen=True)
+class Large:
+    """Data that would fill a record."""
+
+    values: tuple[int, ...]
+
+    def identity(self):
+        return {"sum": sum(self.values)}
+
+
+def test_what_has_an_identity_is_described_by_it():
+    assert describe(Large((1, 2, 3))) == {"sum": 6} == describe({"data": Large((6,))})["data"]
+    assert describe(Large) == "Large"  # the class itself has none
+    lm = tiny.lm(0)
+    assert describe(lm) == lm.identity() and describe(lm)["name"] == "tiny-0"

@@ -1,14 +1,19 @@
-"""Log-probs of completions for the scorers that compare two of them."""
+"""What the scorers that compare two models ask of them: log-probs of completions, and joint functions of the logits."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 
 from ..core.lm import LM, same_vocabulary
+from ..core.packing import Cost, pack
 from ..core.run import completions_stats
+from ..core.stats import Joint, Needs, token_stats
 from ..core.trace import Trace
+
+_TOGETHER = 16  # completions of one prompt that share its forward
 
 
 def completion_logps(models: Mapping[str, LM], traces: Sequence[Trace]) -> dict[str, list[np.ndarray]]:
@@ -47,6 +52,42 @@ def completion_logps(models: Mapping[str, LM], traces: Sequence[Trace]) -> dict[
                     "do not mask the vocabulary of a scorer"
                 )
             out[name].append(values)
+    return out
+
+
+@torch.no_grad()
+def completion_joint(models: Mapping[str, LM], traces: Sequence[Trace], joint: Joint) -> list[dict[str, np.ndarray]]:
+    """What a function of several models' logits says of every completion token; it runs inside the chunk.
+
+    Args:
+        models: by name, of one tokenizer and vocabulary.
+        traces: of that tokenizer; empty completions are fine.
+        joint: ({name: logits (chunk, V)}, ids (chunk,)) -> {statistic: (chunk,)}, as `stats.Needs` takes them.
+
+    Returns:
+        For each trace, in order, one float64 array (T,) a statistic; tokens that the policy did not emit are in it.
+
+    Raises:
+        ValueError: another tokenizer, or vocabularies of different sizes.
+    """
+    first, *rest = models.values()
+    for other in rest:
+        same_vocabulary(first, other)
+    same_tokenizer(first, traces)
+    by_prompt: dict[tuple[int, ...], list[int]] = {}
+    for i, trace in enumerate(traces):
+        by_prompt.setdefault(trace.prompt_ids, []).append(i)
+    indices = [some[i : i + _TOGETHER] for some in by_prompt.values() for i in range(0, len(some), _TOGETHER)]
+    needs = Needs({name: frozenset({"logp"}) for name in models}, {"joint": joint})
+    out: list[dict[str, np.ndarray]] = [{} for _ in traces]
+    with first.active() as causal:
+        cost = Cost.of(causal)
+    for packed in pack([[traces[i] for i in some] for some in indices], cost=cost):
+        extra = next(iter(token_stats(models, packed, needs).values())).extra
+        arrays = {name: values.double().cpu().numpy() for name, values in extra.items()}
+        for row, (g, k) in enumerate(packed.order):
+            i = indices[g][k]
+            out[i] = {name: a[row, : len(traces[i])].copy() for name, a in arrays.items()}
     return out
 
 
