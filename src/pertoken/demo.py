@@ -217,7 +217,7 @@ def _grammar(options: DemoOptions, out: Path, say: Say) -> dict[str, Any]:
         world.policy,
         world.train,
         world.held_out,
-        LoopConfig(lr=5e-4, batch_size=16, steps=120),  # as examples/t_reg.py
+        LoopConfig(lr=5e-4, batch_size=16, steps=120),  # its own; examples/t_reg.py has --tune
         out / "grammar",
         seeds=options.seeds,
         resolve=catalog.method,

@@ -156,10 +156,26 @@ def test_the_prompt_is_cut_and_never_the_response(question, draft):
     assert "prompt_cut" not in ContrastivePrompt(lm=LM, **SHORT).score([TRACES[0]], ["a"])[0].meta
 
 
+def test_a_long_question_and_a_long_draft_are_cut_in_proportion():
+    question, draft = ("".join(str(i * i % 10) for i in range(n)) for n in (90, 30))  # a token a digit, also in parts
+    assert [len(LM.view.pieces_of_text(text)[0]) for text in (question, draft)] == [90, 30]
+    trace = LM.trace("how", draft)
+    whole = max(len(asked(question, draft, template)) for template in SHORT.values())
+    scorer = ContrastivePrompt(lm=LM, max_length=len(trace) + whole - 41, **SHORT)
+    ids, cut = scorer._fit(LM, trace, question, "item 0")
+    # 41 tokens too many: ceil(41 * 90 / 120) = 31 go from the question's left, the other 10 from the draft's right.
+    kept = {"question": question[31:], "draft": draft[:20]}
+    assert cut and ids == [asked(template=template, **kept) for template in SHORT.values()]
+    (credit,) = scorer.score([trace], [question])
+    better, worse = (flat_logps(LM, trace.with_prompt(i, LM.view)) for i in ids)
+    np.testing.assert_allclose(credit.values, token_reward(better, worse), atol=1e-10)
+
+
 def test_a_response_that_does_not_fit_raises_with_its_row():
     long = LM.trace_of_ids([5], [7] * 300, meta={"row": 41})
-    with pytest.raises(ValueError, match=r"the response of row 41 takes 300 of 256 tokens"):
-        score([long], ["a"])
+    for limit in (None, 1000):  # nothing fits beyond the model's context
+        with pytest.raises(ValueError, match=r"the response of row 41 takes 300 of 256 tokens"):
+            score([long], ["a"], max_length=limit)
     with pytest.raises(ValueError, match=r"the response of item 1 takes .* prompt's own words"):
         score([TRACES[0], LM.trace_of_ids([5], [7] * 230)], ["a", "b"])
 

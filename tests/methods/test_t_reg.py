@@ -20,6 +20,7 @@ from pertoken.train.dpo import DPO
 from pertoken.train.t_reg import TReg, regularizer, t_reg_loss, token_reward_from_logratio
 from tests import tiny
 from tests.methods.one_pass import exact_lm, gradient, means, pair_stats
+from tests.methods.test_logratio import flat_logps
 
 MODELS = {"policy": exact_lm(0), "reference": exact_lm(1).reference()}
 GROUPS = tiny.groups(MODELS["policy"], n=4)
@@ -90,6 +91,8 @@ def test_switches():
     dpo = DPO().loss(stats, batch).sum
     assert (chosen - dpo).item() == pytest.approx(0.25 * 0.1 * 0.2)
     assert (both - chosen).item() == pytest.approx(0.25 * 0.1 * 1.2)
+    assert means(TReg(weight="static").loss(stats, batch))["reg/weight"] == 1
+    assert means(TReg().loss(stats, batch))["reg/weight"] == pytest.approx(1 / (1 + math.exp(0.1 * 2)))
 
 
 def test_the_weight_has_no_gradient():
@@ -281,11 +284,29 @@ def test_nested_options_reach_the_scorer(run):
     assert all(np.array_equal(a, -b) and np.abs(a).max() > 0 for a, b in zip(*swapped))
 
 
-def test_rewards_of_a_dpo_model(run):
-    TReg(token_reward="dpo", beta=0.1).prepare(run)
-    values = np.concatenate(column(run))
-    assert 0 < np.abs(values).max() < 0.5
-    assert any(r["stage"].startswith("dpo") for r in run.stages.records)
+def with_an_observation(run):
+    """Gives the first pair a chosen response in whose middle are two tokens that the policy did not emit."""
+    group = run.groups[0]
+    tool = run.policy.trace_of_ids(group.prompt_ids, [7, 8, 9, 10, 11], emitted=(True, False, False, True, True))
+    run.groups[0] = Group(example=group.example, prompt_ids=group.prompt_ids, traces=(tool, group.traces[1]))
+
+
+@pytest.mark.parametrize(
+    ("options", "beta"), [({"beta": 0.3}, 0.3), ({"base": "simpo", "beta": 2.0}, 0.1)], ids=["dpo", "simpo"]
+)
+def test_rewards_of_a_dpo_model(run, options, beta):
+    with_an_observation(run)
+    start = run.policy.clone()
+    TReg(token_reward="dpo", **options).prepare(run)
+    trained = run.train("dpo", beta=beta)  # SimPO's beta is of another scale and not handed on
+    assert run.stages.records[-1]["reused"] and run.stages.records[-1]["stage"].startswith("dpo")
+    traces = [t for g in run.every for t in g.traces]
+    moved = [flat_logps(trained, t) - flat_logps(start, t) for t in traces]
+    assert all(np.abs(m).min() > 1e-3 for m in moved)
+    for trace, ratio, values in zip(traces, moved, column(run), strict=True):
+        expected = np.where(trace.mask, 0.5 * np.tanh(0.5 * ratio), 0.0)
+        np.testing.assert_allclose(values, expected, atol=2e-5)
+    assert column(run)[0][1:3].tolist() == [0, 0]
 
 
 def test_sft_rewards(run):
@@ -297,6 +318,9 @@ def test_sft_rewards(run):
 def test_any_callable_is_a_scorer(run):
     TReg(scorer=lambda trace: np.arange(len(trace)) / 100).prepare(run)
     assert all(np.allclose(v, np.arange(len(v)) / 100) for v in column(run))
+    with_an_observation(run)
+    TReg(scorer=lambda trace: np.arange(len(trace)) / 100).prepare(run)
+    np.testing.assert_allclose(column(run)[0], [0, 0, 0, 0.03, 0.04])  # what was not emitted has no reward
 
 
 def test_credit_from_the_data(run):

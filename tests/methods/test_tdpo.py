@@ -148,11 +148,11 @@ def test_metrics_with_and_without_the_kl():
     assert not any(isinstance(x, torch.Tensor) and x.requires_grad for pair in result.metrics.values() for x in pair)
 
 
-def by_hand(logp, ref, kl, mask):
-    mask = torch.tensor(mask)
+def by_hand(logp, ref, kl, mask, present=None):
+    mask, present = torch.tensor(mask), torch.tensor(mask if present is None else present)
     like = torch.tensor(logp, dtype=torch.float64)
-    policy = Stats(mask, like, mask, {KL: torch.tensor(kl, dtype=torch.float64)})
-    reference = Stats(mask, torch.tensor(ref, dtype=torch.float64), mask)
+    policy = Stats(mask, like, present, {KL: torch.tensor(kl, dtype=torch.float64)})
+    reference = Stats(mask, torch.tensor(ref, dtype=torch.float64), present)
     return {"policy": policy, "reference": reference}, Batch(torch.tensor([[0, 1]]))
 
 
@@ -172,6 +172,22 @@ def test_mask_and_length_normalization():
     stats, batch = by_hand(*args, [[True, True, False], [True, False, False]])
     loss = TDPO(variant="tdpo1").loss(stats, batch)
     assert loss.sum.item() == pytest.approx(math.log1p(math.exp(-0.1 * ((1.5 + 0.5) - (0.3 - 0.6)))))
+    loss = TDPO(variant="tdpo1", length_normalize=True).loss(stats, batch)
+    assert loss.sum.item() == pytest.approx(math.log1p(math.exp(-0.1 * ((0.75 + 0.5) - (0.3 - 0.3)))))
+
+
+def test_observation_tokens_count_neither_in_sums_nor_in_lengths():
+    stats, batch = by_hand(
+        [[-1.0, -9.0, -2.0], [-1.0, -8.0, -7.0]],
+        [[-2.0, -1.0, -2.5], [-0.5, -2.0, -1.0]],
+        [[0.4, 5.0, 0.2], [0.3, 6.0, 7.0]],
+        mask=[[True, False, True], [True, False, False]],
+        present=[[True, True, True], [True, True, True]],
+    )
+    loss = TDPO(variant="tdpo1").loss(stats, batch)
+    assert loss.sum.item() == pytest.approx(math.log1p(math.exp(-0.1 * ((1.5 + 0.5) - (0.3 - 0.6)))))
+    shown = means(loss)
+    assert (shown["kl/chosen"], shown["kl/rejected"]) == pytest.approx((0.6, 0.3))
     loss = TDPO(variant="tdpo1", length_normalize=True).loss(stats, batch)
     assert loss.sum.item() == pytest.approx(math.log1p(math.exp(-0.1 * ((0.75 + 0.5) - (0.3 - 0.3)))))
 

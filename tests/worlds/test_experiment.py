@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 
 from pertoken.core.rollout import Sampling, sample
-from pertoken.worlds.experiment import GrammarPairs, best_and_worst, labelled_pairs
+from pertoken.worlds import experiment
+from pertoken.worlds.experiment import (
+    GrammarPairs,
+    best_and_worst,
+    development_pairs,
+    grammar_pairs,
+    labelled_pairs,
+)
 from pertoken.worlds.grammar import GRAMMARS, prompts
 from tests import tiny
 
@@ -74,3 +81,43 @@ def test_labelled_pairs_are_texts_of_both_labels_after_one_prompt(tmp_path, monk
     assert (scores[:, 0] > scores[:, 1]).mean() > 0.8  # nine slot words of ten match the label
     again = labelled_pairs("slots45", n_train=5, n_held_out=1, progress=False)
     assert [g.traces[0].completion_ids for g in again.train] == [g.traces[0].completion_ids for g in world.train[:5]]
+
+
+@pytest.fixture
+def untrained(monkeypatch, tmp_path):
+    """The small language's model before its training, in place of the trained one (which takes a minute)."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    grammar = GRAMMARS["lexicon64"]
+    config = LlamaConfig(
+        vocab_size=len(grammar.tokenizer()), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    grammar.tokenizer().save_pretrained(tmp_path)
+    monkeypatch.setattr(experiment, "train_lm", lambda *args, **options: tmp_path)
+
+
+def ids_of(groups):
+    return [t.completion_ids for g in groups for t in g.traces]
+
+
+def test_every_side_has_its_own_draw(untrained):
+    sizes = {"n_train": 12, "n_held_out": 6, "max_new_tokens": 12}
+    world, same, fresh = (grammar_pairs("lexicon64", held_out_seed=s, **sizes) for s in (None, 0, 2))
+    assert len(world.train) == 12 and len(world.held_out) == 6
+    assert ids_of(world.train) == ids_of(same.train) == ids_of(fresh.train)
+    assert ids_of(world.held_out) == ids_of(same.held_out)
+    assert not set(ids_of(world.held_out)) & set(ids_of(fresh.held_out))
+    assert {g.prompt_ids for g in fresh.held_out} <= set(world.prompts)
+    assert grammar_pairs("lexicon64", **(sizes | {"n_held_out": 0})).held_out == []
+
+
+def test_development_pairs_share_prompts_with_training_and_no_response(untrained):
+    drawn = grammar_pairs("lexicon64", n_train=11, n_held_out=0, seed=1)
+    world = GrammarPairs(drawn.grammar, drawn.base, drawn.train[:1], [], [])  # trained on one pair of that draw
+    pairs = development_pairs(world, 10)
+    assert ids_of(pairs) == ids_of(drawn.train[1:]) and not {g.prompt_ids for g in pairs} & set(drawn.prompts)
+    world.train.append(drawn.train[5])
+    with pytest.raises(ValueError, match="2 pairs of seed 1 repeat training responses"):
+        development_pairs(world, 10)

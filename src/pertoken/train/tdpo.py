@@ -14,7 +14,7 @@ of the labels are not enough. Logged rewards are beta * (u + D), as in the relea
 
 Differs from the authors' code: the reference goes through log_softmax with 0 log 0 = 0 (the release takes log(softmax),
 which is NaN where a probability underflows). Its yaml and its function disagree on which variant is the default; here
-it is TDPO2, which is the paper's recommendation and the only one that alpha belongs to.
+it is TDPO2, the only one that alpha belongs to. The release advises TDPO1 for low and TDPO2 for higher learning rates.
 """
 
 from __future__ import annotations

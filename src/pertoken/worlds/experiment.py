@@ -100,9 +100,15 @@ def grammar_pairs(
     margin: float = 1.0,
     max_new_tokens: int = 40,
     seed: int = 0,
+    held_out_seed: int | None = None,
     progress: bool = True,
 ) -> GrammarPairs:
     """Sample pairs from the language model of a grammar; prompts repeat, with other samples, until there are enough.
+
+    Args:
+        preset: the grammar. n_train, n_held_out: pairs on training and on held-out prompts (0: none are drawn).
+        samples: completions a prompt, of which the best and the worst make its pair if they differ by `margin`.
+        seed: of the sampling. held_out_seed: of the held-out pairs, where it is another.
 
     Raises:
         ValueError: the samples differ too little to give the pairs that were asked for.
@@ -119,7 +125,8 @@ def grammar_pairs(
                 break
             asked = [split[side][i % len(split[side])] for i in range(2 * (wanted - len(groups)))]
             sampling = Sampling(max_new_tokens=max_new_tokens)
-            where = seed * 1000 + turn * 2 + (side == "test")
+            where = (seed if side == "train" or held_out_seed is None else held_out_seed) * 1000
+            where += turn * 2 + (side == "test")
             drawn = sample(lm, asked, samples, sampling, seed=where, batch=512)
             groups += best_and_worst(drawn, grammar.score, margin, f"grammar-{preset}")[0]
         if len(groups) < wanted:
@@ -149,6 +156,24 @@ def labelled_pairs(
                 traces = [lm.trace(prompt, to_text(said)) for said in words]
                 sides[-1].append(group_of(*traces, prompt, scores, len(sides[-1]), f"grammar-{preset}"))
     return GrammarPairs(grammar, base, *sides, [lm.encode_prompt(p) for p in split["test"]])
+
+
+def development_pairs(
+    world: GrammarPairs, n: int = 200, *, samples: int = 4, seed: int = 1, progress: bool = True
+) -> list[Group]:
+    """Pairs to choose options on: on training prompts, of another draw, none with a response that is trained on.
+
+    Raises:
+        ValueError: the draw repeats so many training responses that fewer than n pairs are left.
+    """
+    known = {t.completion_ids for g in world.train for t in g.traces}
+    drawn = grammar_pairs(
+        world.grammar.name, n_train=n + n // 10, n_held_out=0, samples=samples, seed=seed, progress=progress
+    )
+    new = [g for g in drawn.train if not any(t.completion_ids in known for t in g.traces)]
+    if len(new) < n:
+        raise ValueError(f"{len(drawn.train) - len(new)} pairs of seed {seed} repeat training responses; try another")
+    return new[:n]
 
 
 def class_conditional(preset: str, *, progress: bool = True) -> tuple[LM, LM]:
