@@ -23,10 +23,10 @@ GPM d = 4 normalised was at 87 to 100 %, depending on the seed. (2) The bound of
 that was tried is right on 55 to 58 % of the development pairs, +-2.7 points), and a GPM has 6 x 385 weights for what
 Bradley-Terry says with 384: it overfits within a few epochs. Normalised and without the constant it lost 5.4 points
 (52.7 against 58.1 %), because its scores begin at a random size; on the development dialogues unnormalised embeddings
-(the release has both kinds) were as good as Bradley-Terry, so that they are measured here: 3.3 points less (57.4 against
-60.7 %). A larger constant or a smaller rate were no better there. With a weight decay to choose and a fifth of the
-training dialogues to choose by, the two come to 57.7 and 58.0 %; that is within the bound only because Bradley-Terry is
-then chosen worse, so it is not what is reported.
+(the release has both kinds) were as good as Bradley-Terry, so that they are measured here: 3.3 points less (57.4
+against 60.7 %). A larger constant or a smaller rate were no better there. With a weight decay to choose and a fifth of
+the training dialogues to choose by, the two come to 57.7 and 58.0 %; that is within the bound only because
+Bradley-Terry is then chosen worse, so it is not what is reported.
 """
 
 from __future__ import annotations
