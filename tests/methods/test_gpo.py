@@ -223,7 +223,7 @@ def test_identical_and_equal_samples_are_dropped_and_counted(tmp_path):
 
 def test_rounds_start_from_each_other(tmp_path):
     objective = GPO(rounds=3, beta=5.0, scorer=Low(), sampling=SAMPLING)
-    run = make_run(tmp_path / "run", objective, n=6)
+    run = make_run(tmp_path / "run", objective, n=4, held_out=0)
     record = run.go()
     assert record["updates"] == 3 * 2
     made = sorted((s for s in record["stages"]), key=lambda s: s["stage"])
@@ -237,7 +237,7 @@ def test_rounds_start_from_each_other(tmp_path):
     expected = [s["logp"] for s in completions_stats(trained, group.traces)]
     for found, want in zip(group.columns["reference_logps"], expected):
         np.testing.assert_allclose(found, want, atol=1e-8)
-    again = make_run(tmp_path / "again", objective, n=6)
+    again = make_run(tmp_path / "again", objective, n=4, held_out=0)
     again.stages.folder = run.stages.folder
     repeated = again.go()
     assert all(s["reused"] for s in repeated["stages"])
@@ -249,7 +249,7 @@ def test_training_moves_to_the_preferred(tmp_path):
     from pertoken.core.rollout import sample
 
     objective = GPO(rounds=1, beta=0.3, samples=6, scorer=Low(), sampling=SAMPLING)
-    run = make_run(tmp_path, objective, n=20, held_out=0, steps=20, lr=3e-3, batch_size=20)
+    run = make_run(tmp_path, objective, n=16, held_out=0, steps=16, lr=4e-3, batch_size=16)
     before = run.policy.reference()
     history = run.go()
     prompts = [g.prompt_ids for g in run.groups][:12]
