@@ -24,11 +24,11 @@ student leaves the language: 0.55 @ 2.3. (2) Slower stages (2e-4, D_t 0.24) and 
 best of eight settings at 480 pairs: 0.57 @ 1.3. Stages at 1e-4 have too little signal: 0.26 @ 0.43. (3) Smaller
 multipliers (0.5, 1, 2, 3) and constant weights (0.2, 0.5) lower the KL, and the reward no less: 0.49 to 0.52 @ 0.3 to
 1.0 where GKD has 0.45 @ 0.19, with twice the updates in stages a and b. (4) The teacher itself, sampled without any
-student, lies no better: 0.48 @ 0.37 (w = 0.5), 0.54 @ 0.74 (multiplier 1). So it is the extrapolation that costs KL, not
-the distillation. The ideal tilt of this language costs 0.2 nats a token for a score that DPO has at 0.65: most of every
-arm's KL is noise of fitting, and extrapolation multiplies that, too. (5) Less noise helps: with 1920 pairs in batches
-of 64 (--pairs 1920 --batch-size 64) the same settings give 0.68 @ 0.64, beside 0.46 @ 0.14 of DPO (a) and 0.74 @ 0.76
-of DPO (a+c): on DPO's frontier, not above it.
+student, lies no better: 0.48 @ 0.37 (w = 0.5), 0.54 @ 0.74 (multiplier 1). So it is the extrapolation that costs KL,
+not the distillation. The ideal tilt of this language costs 0.2 nats a token for a score that DPO has at 0.65: most of
+every arm's KL is noise of fitting, and extrapolation multiplies that, too. (5) Less noise helps: with 1920 pairs in
+batches of 64 (--pairs 1920 --batch-size 64) the same settings give 0.68 @ 0.64, beside 0.46 @ 0.14 of DPO (a) and 0.74
+@ 0.76 of DPO (a+c): on DPO's frontier, not above it.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ from pertoken.worlds.arithmetic import Problem, correct, final_answer, misled, p
 CHAIN = Sampling(max_new_tokens=36)
 ROLLOUT = Sampling(max_new_tokens=36, temperature=0.7)
 GREEDY = Sampling(max_new_tokens=36, temperature=0)
-ESTIMATION = Estimation(lr=2e-3, batch_size=16, epochs=2, warmup_steps=4)
+ESTIMATION = Estimation(ce_lr=2e-3, ce_batch_size=16, ce_epochs=2, warmup_steps=4)
 SCORES = ("contrastive estimation", "positive model alone", "base model alone")
 RATES = (3e-5, 6e-5, 1.2e-4)
 

@@ -62,6 +62,14 @@ def state_of(objective: Any) -> nn.Module | None:
         return state.double().eval() if state is not None else None
 
 
+def without_dropout(state: nn.Module | None) -> nn.Module | None:
+    """The module in training mode, as the loop has it, where it may learn from a batch; dropout is off."""
+    for module in state.train().modules() if state is not None else ():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return state
+
+
 def draws(row: Method, objective: Any) -> bool:
     """Whether passes of an objective differ by chance: what its attribute ``stochastic`` says; else a method that is
     `stochastic`, unless all its chance is in its module, which draws nothing in evaluation mode."""

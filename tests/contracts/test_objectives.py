@@ -14,7 +14,18 @@ from pertoken.api import TrainOptions
 from pertoken.catalog import about, methods
 from pertoken.core.step import ObjectiveStep
 from tests import tiny
-from tests.contracts.harness import KINDS, Pass, draws, make_groups, model, objective_pass, rebuild, state_of, variants
+from tests.contracts.harness import (
+    KINDS,
+    Pass,
+    draws,
+    make_groups,
+    model,
+    objective_pass,
+    rebuild,
+    state_of,
+    variants,
+    without_dropout,
+)
 
 ROWS = [row for row in methods() if row.room == "train" and importlib.util.find_spec(row.path.partition(":")[0])]
 CASES = [(row, objective) for row in ROWS for objective in variants(row)]
@@ -152,20 +163,12 @@ def test_row_and_objective_agree(row):
     assert about(row.slug) is row
 
 
-def without_dropout(state):
-    """Training mode, as the step has it, where a state learns from the batch; without the chance in it."""
-    for module in state.train().modules() if state is not None else ():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-
-
 @every_row
 def test_the_loops_step_computes_the_same(row):
     """`ObjectiveStep`, cut into packs as it likes, sums to the one pass of the harness, and trains the policy alone."""
     objective = variants(row)[0]
     groups = make_groups(objective)
-    state = copy.deepcopy(state_of(objective))
-    without_dropout(state)
+    state = without_dropout(copy.deepcopy(state_of(objective)))
     wanted = objective_pass(objective, groups, state=state)
     policy = model("policy")
     others = {name: model(name) for name in objective.stats if name != "policy"}

@@ -19,7 +19,7 @@ import torch
 
 from pertoken.catalog import Method, about, method, methods
 from pertoken.core.lm import LM
-from tests.contracts.harness import make_groups, objective_pass, state_of
+from tests.contracts.harness import make_groups, objective_pass, state_of, without_dropout
 from tests.methods.one_pass import exact_lm
 
 FOLDER = Path(__file__).parent
@@ -45,7 +45,7 @@ def trajectory(row: Method) -> dict[str, Any]:
     """Mean loss and gradient norm of every update, with the method's defaults."""
     objective = method(row.slug)()
     groups, policy = make_groups(objective, n=4, seed=7), fixed_lm(0)
-    state = copy.deepcopy(state_of(objective))
+    state = without_dropout(copy.deepcopy(state_of(objective)))
     models = {name: fixed_lm(0 if name == "reference" else sum(name.encode())) for name in objective.stats}
     models["policy"] = policy
     weights = [p for m in (policy.model, state) if m is not None for p in m.parameters() if p.requires_grad]

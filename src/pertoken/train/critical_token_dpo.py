@@ -91,29 +91,30 @@ class Estimation:
 
     contrast: float = 1.0
     """b."""
-    lora: int = 8
+    ce_lora: int = 8
     """Rank of the adapters (alpha twice that); 0 trains all weights."""
-    lr: float = 3e-4
+    ce_lr: float = 3e-4
     """Peak learning rate, cosine."""
-    epochs: float = 1.0
+    ce_epochs: float = 1.0
     """Passes over the startup data."""
-    batch_size: int = 6
+    ce_batch_size: int = 6
     """Responses an update."""
     warmup_steps: int = 100
     """Updates in which the rate rises; too many for small data, where p and q then hardly learn."""
 
     def __post_init__(self) -> None:
-        if not (self.contrast >= 0 and self.lora >= 0 and self.lr > 0 and self.epochs > 0 and self.batch_size >= 1):
-            raise ValueError(f"{self}: contrast and lora >= 0, lr and epochs > 0 and batch_size >= 1 are needed")
+        positive = self.ce_lr > 0 and self.ce_epochs > 0 and self.ce_batch_size >= 1
+        if not (positive and self.contrast >= 0 and self.ce_lora >= 0):
+            raise ValueError(f"{self}: contrast, ce_lora >= 0, ce_lr, ce_epochs > 0 and ce_batch_size >= 1 are needed")
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps={self.warmup_steps} must not be negative")
 
     def loop(self, n: int) -> dict[str, Any]:
         """What differs in the loop of a model that learns from n responses."""
-        total = int(np.ceil(self.epochs * -(-n // self.batch_size)))
+        total = int(np.ceil(self.ce_epochs * -(-n // self.ce_batch_size)))
         warmup = min(1.0, (self.warmup_steps + 0.5) / total) if self.warmup_steps else 0.0
-        own = {"lr": self.lr, "epochs": self.epochs, "steps": None, "batch_size": self.batch_size, "warmup": warmup}
-        return own | {"schedule": "cosine", "optimizer": "adamw", "weight_decay": 0.0}
+        own = {"lr": self.ce_lr, "epochs": self.ce_epochs, "batch_size": self.ce_batch_size, "warmup": warmup}
+        return own | {"steps": None, "schedule": "cosine", "optimizer": "adamw", "weight_decay": 0.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +182,7 @@ class CriticalTokenDPO:
                     f"cdpo: warning: the {name} model's {len(side)} responses make fewer updates than its "
                     f"{self.estimation.warmup_steps} of warm-up; lower estimation.warmup_steps"
                 )
-            models.append(run.train("sft", on=side, lora=self.estimation.lora or None, config=loop))
+            models.append(run.train("sft", on=side, lora=self.estimation.ce_lora or None, config=loop))
         if given is not None:
             run.report("cdpo: startup data: " + ", ".join(f"{v} {k}" for k, v in given.counts.items()))
         p, q = models
