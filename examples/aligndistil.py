@@ -125,6 +125,8 @@ class Judge:
 
 def main(options: Options) -> None:
     """Run it and print the table."""
+    if options.dev and options.save:
+        raise ValueError("--dev looks at development pairs; a result is of held-out ones: leave --save out")
     out = Path(options.out or tempfile.mkdtemp(prefix="aligndistil-"))
     world = _smollm2(out) if options.full else _grammar(options)
     steps = world.config.total_steps(len(world.train))

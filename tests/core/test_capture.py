@@ -1,5 +1,6 @@
 """Reduced captures against hooks on a plain forward; names, inputs, pieces, and what is refused."""
 
+import numpy as np
 import pytest
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -114,3 +115,12 @@ def test_rotated_queries_and_keys(attention):
         assert ALL_ATTENTION_FUNCTIONS[attention] is ours
     finally:
         del ALL_ATTENTION_FUNCTIONS[attention]
+
+
+def test_half_precision_keeps_small_means():
+    """Means of 4,096 rounded numbers are known to about eps / 64 of their size; only what is below that counts as 0."""
+    x = torch.randn(200, 4096, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found, exact = reduce_features(x, "mean"), x.double().mean(-1)
+    assert (found == 0).double().mean() < 0.02
+    np.testing.assert_allclose(found, exact, atol=2e-4)
+    assert torch.equal(reduce_features(x.float() - x.float().mean(-1, keepdim=True), "mean"), torch.zeros(200))

@@ -342,6 +342,31 @@ def random_comparisons(n=7, b=80):
     return pairs, rng.choice([0.0, 1.0, 0.5, 0.7], b), rng.integers(1, 4, b).astype(float)
 
 
+@pytest.mark.parametrize(
+    "pairs", [[(0, 1)], [(0, 1), (1, 2), (2, 3)], [(0, k) for k in range(1, 6)], [(0, 1), (2, 1), (2, 3), (4, 3)]]
+)
+def test_firth_settles_on_sparse_data(pairs):
+    """One comparison, a chain, a star, a tree: at the maximum the penalised score is 0, by finite differences."""
+    found = fit_bradley_terry(pairs, firth=True).scores_N
+    first, second = np.array(pairs).T
+    n = int(np.max(pairs)) + 1
+
+    def objective(s):
+        p = 1 / (1 + np.exp(-(s[first] - s[second])))
+        info = np.full((n, n), 1.0 / n)
+        for a, b, v in zip(first, second, p * (1 - p), strict=True):
+            info[a, a] += v
+            info[b, b] += v
+            info[a, b] -= v
+            info[b, a] -= v
+        return np.log(p).sum() + 0.5 * np.linalg.slogdet(info)[1]
+
+    slopes = [(objective(found + h) - objective(found - h)) / 2e-5 for h in 1e-5 * np.eye(n)]
+    np.testing.assert_allclose(slopes, 0, atol=1e-5)
+    if pairs == [(0, 1)]:
+        np.testing.assert_allclose(found, [np.log(3) / 2, -np.log(3) / 2])
+
+
 @pytest.mark.parametrize("ridge, firth", [(0.0, False), (0.3, False), (0.0, True), (0.2, True)])
 def test_against_a_general_optimiser(ridge, firth):
     pairs, y, w = random_comparisons()

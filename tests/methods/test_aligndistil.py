@@ -157,6 +157,30 @@ def test_diagnostics():
 # ---- identities of the specification
 
 
+def test_temperature_and_floor_reach_only_what_they_should():
+    """Diagnostics are of the student at T = 1; the floor is what the option says."""
+    z_s, z_d, z_r = (logits(40, k) for k in range(3))
+    warm, _ = joint(AlignDistil(kd_temperature=2.0), z_s, z_d, z_r)
+    p, log = softmax(z_s), lambda z: np.log(softmax(z))
+    for name, z in (("kl_dpo", z_d), ("kl_third", z_r)):
+        np.testing.assert_allclose(warm[name].numpy(), (p * (log(z_s) - log(z))).sum(-1), atol=1e-12)
+    equal, _ = joint(AlignDistil(w_floor=0.5), z_s, z_d, z_d)
+    assert means(responses(AlignDistil(w_floor=0.5), equal, 5))["teacher/weight"] == pytest.approx(0.5)
+    wanted = 0.1 / 0.5 * (p * (log(z_s) - log(z_d))).sum(-1).mean()
+    assert means(responses(AlignDistil(w_floor=0.5), equal, 5)) and float(
+        responses(AlignDistil(w_floor=0.5), equal, 5).sum
+    ) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_token_that_only_the_teacher_excludes_has_a_finite_gradient(mode):
+    z_s, z_d, z_r = (logits(41, k) for k in range(3))
+    z_d[0, 2] = -np.inf
+    values, given = joint(AlignDistil(mode=mode), z_s, z_d, z_r)
+    (grad,) = torch.autograd.grad(values["distil_kl"].sum(), [given["policy"]])
+    assert torch.isfinite(values["distil_kl"]).all() and torch.isfinite(grad).all() and values["distil_kl"][0] > 10
+
+
 def test_theorem1_with_beta2_equal_to_beta_is_the_dpo_model():
     z_d, z_r = (torch.log_softmax(torch.tensor(logits(4, i)), -1) for i in range(2))
     w, b = weights(torch.ones(5), "theorem1", 0.1, 0.1)
@@ -449,10 +473,11 @@ def test_stages_then_distillation(tmp_path):
 
 def test_models_that_are_trained_already_and_options_of_the_stages(tmp_path):
     saved = tiny.lm(5, dtype=torch.float32, layers=1).save(tmp_path / "saved")
-    run = make_run(tmp_path, AlignDistil(teachers=Teachers(dpo=str(saved), stage_steps=1, stage_lr=1e-9)))
+    run = make_run(tmp_path, AlignDistil(beta=0.7, teachers=Teachers(dpo=str(saved), stage_steps=1, stage_lr=1e-9)))
     start = weights_of(run.policy)
     run.objective.prepare(run)
     assert run.updates == 1 and len(run.stages.records) == 1
+    assert run.stages.records[0]["inputs"]["options"]["beta"] == 0.7
     for name, p in weights_of(tiny.lm(5, dtype=torch.float32, layers=1)).items():
         assert torch.equal(weights_of(run.given["dpo"])[name], p)
     moved = max((p - start[n]).abs().max() for n, p in weights_of(run.given["reverse"]).items())

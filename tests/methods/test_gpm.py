@@ -270,6 +270,10 @@ def test_save_and_load(tmp_path):
     assert again.identity() == model.identity() == json.loads(json.dumps(describe(model)))
     with pytest.raises(ValueError, match="other features"):
         GPM(folder=str(tmp_path / "named"), lm=exact_lm(1))
+    twice = GPM.example(LM, compat="reference")
+    twice.save(tmp_path / "twice")
+    table = GPM(folder=str(tmp_path / "twice"), lm=LM).pairwise_table(items())
+    np.testing.assert_array_equal(table, twice.pairwise_table(items()))
     model.save(tmp_path / "whole", backbone=True)
     alone = GPM(folder=str(tmp_path / "whole"))
     np.testing.assert_allclose(alone.prefer(items()), model.prefer(items()), atol=1e-4)

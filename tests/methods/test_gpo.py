@@ -16,6 +16,7 @@ from pertoken.core.protocols import Batch
 from pertoken.core.rollout import Sampling
 from pertoken.core.run import Run, completions_stats
 from pertoken.core.stats import Stats
+from pertoken.core.trace import Trace
 from pertoken.score.gpm import GPM
 from pertoken.train.gpo import COLUMN, GPO, gpo_loss, log_partition, policy_scores, preference_table
 from tests import tiny
@@ -269,6 +270,36 @@ def test_a_saved_gpm_is_the_preference_model(tmp_path):
     assert math.isfinite(record["final"]["loss"])
     table = GPM(folder=str(tmp_path / "gpm"), lm=lm).pairwise_table(run.groups[0].traces)
     assert table[0, 1] == pytest.approx(-table[1, 0])
+
+
+@pytest.mark.parametrize("rounds", [2, 3])
+def test_the_judge_stays_what_it_is_over_rounds(tmp_path, rounds):
+    """A GPM on the policy's own features judges with the start's, whatever the rounds have made of the policy."""
+    lm = exact_lm(0)
+    GPM.example(lm).save(tmp_path / "gpm")
+    objective = GPO(rounds=rounds, samples=3, beta=1.0, preference=str(tmp_path / "gpm"), sampling=SAMPLING)
+    run = make_run(tmp_path / "run", objective)
+    run.config = dataclasses.replace(run.config, lr=5e-2)
+    objective.prepare(run)
+    assert max(float((p - q).abs().max()) for p, q in zip(lm.model.parameters(), run.policy.model.parameters())) > 1e-2
+    judge = GPM(folder=str(tmp_path / "gpm"), lm=lm)
+    (samples,) = run.stages.folder.glob("gpo-samples-*/samples.json")  # of the last round
+    (tables,) = run.stages.folder.glob("gpo-tables-*/tables.npy")
+    drawn = [[Trace.from_json(t) for t in some] for some in json.loads(samples.read_text())]
+    np.testing.assert_allclose(np.load(tables), [judge.pairwise_table(some) for some in drawn], atol=1e-6)
+    own = GPM.example(run.policy)
+    with pytest.raises(ValueError, match="which rounds change; give it a copy"):
+        GPO(rounds=2, samples=3, scorer=own, sampling=SAMPLING).prepare(run)
+    run.given = {"reference": exact_lm(1)}
+    with pytest.raises(ValueError, match="do not give it another one"):
+        GPO(rounds=1, samples=3, scorer=judge, sampling=SAMPLING).prepare(run)
+
+
+def test_doubled_tables_are_halved():
+    lm = exact_lm(0)
+    traces = [lm.trace("how was it", text) for text in ("good", "bad", "fine")]
+    plain, doubled = (preference_table(GPM.example(lm, compat=c), traces) for c in ("paper", "reference"))
+    np.testing.assert_allclose(plain, doubled, atol=1e-12)
 
 
 def test_bad_input(tmp_path):

@@ -193,11 +193,15 @@ def test_another_encoder_changes_the_weights_alone(tmp_path):
 def test_distances_are_kept_and_serve_every_a(tmp_path):
     calls = []
 
-    def watch(texts):
-        calls.append(list(texts))
-        return count(texts)
+    class Watch:
+        def identity(self):  # what it has seen is no part of what it is
+            return "watch"
 
-    weights = [prepared(tmp_path, encode=watch, a=a)[0] for a in (1.0, 4.0)]
+        def __call__(self, texts):
+            calls.append(list(texts))
+            return count(texts)
+
+    weights = [prepared(tmp_path, encode=Watch(), a=a)[0] for a in (1.0, 4.0)]
     assert len(calls) == 1 and [w**4 for w in weights[0]] == pytest.approx(weights[1])
     assert calls[0][:4] == ["film plot", "film plot", "film", "dog"] and calls[0][4] == "film plot"
 

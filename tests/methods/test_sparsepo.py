@@ -19,6 +19,7 @@ from pertoken.train._token_masks import KL, mask_metrics, masked_losses, masked_
 from pertoken.train.dpo import DPO
 from pertoken.train.sparsepo import LearnedMask, Network, SparsePO, mask_credit, mean_one
 from pertoken.train.tdpo import TDPO
+from tests import tiny
 from tests.contracts.harness import make_groups, model, objective_pass
 from tests.core.training import config
 from tests.methods.one_pass import exact_lm, means
@@ -235,6 +236,26 @@ def test_l1_is_halved_only_where_one_network_serves_both_sides(options, share):
     assert with_l1.sum - without.sum == pytest.approx(expected, abs=1e-10)
 
 
+def test_l1_sees_weights_as_they_were_and_their_mean_has_a_gradient():
+    plain, normed = (SparsePO(l1_u=0.3, normalize_mask=how) for how in ("off", "mean1"))
+    for one in (plain, normed):
+        without = dataclasses.replace(one, l1_u=0.0)
+        with_l1, base = (run(o, nets(one)) for o in (one, without))
+        if one is plain:
+            penalty = with_l1[0].sum - base[0].sum
+        else:  # the same networks, so the same penalty, whatever they are divided by
+            assert with_l1[0].sum - base[0].sum == pytest.approx(penalty, rel=1e-9)
+    m_NT = torch.tensor([[1.0, 3.0]], dtype=torch.float64, requires_grad=True)
+    out = mean_one(m_NT, torch.ones(1, 2, dtype=torch.bool))
+    (grad,) = torch.autograd.grad(out[0, 0], [m_NT])  # d/da of 2a / (a + b) = 2b / (a + b)^2
+    np.testing.assert_allclose(grad, [[6 / 16, -2 / 16]])
+
+
+def test_the_norm_has_the_models_own_epsilon():
+    state = SparsePO().init_state(tiny.lm().causal.config)
+    assert state is not None and state.nets["both"].norm.eps == tiny.lm().causal.config.rms_norm_eps != 1e-5
+
+
 def test_normalized_masks():
     mask_NT = torch.tensor([[True, True, False], [True, False, False], [True, True, True]])
     weights = tensor([[1.0, 3.0, 7.0], [0.0, 2.0, 2.0], [0.5, 0.0, 1.0]])
@@ -391,6 +412,8 @@ def test_learned_masks_are_saved_beside_the_model_and_read_as_credit(tmp_path):
     np.testing.assert_array_equal(again[0].values, read[0].values)
     with pytest.raises(ValueError, match="read the states of"):
         LearnedMask(run=tmp_path / "run", reference=exact_lm(1)).score(traces)
+    with pytest.raises(ValueError, match="as it was before that run"):  # trained since, whatever its name
+        LearnedMask(run=tmp_path / "run", reference=lm).score(traces)
     with pytest.raises(ValueError, match="holds no trained run"):
         LearnedMask(run=tmp_path, reference=reference).score(traces)
 

@@ -72,40 +72,46 @@ def fit_bradley_terry(
     w = np.ones(len(pairs)) if weights_B is None else np.asarray(weights_B, np.float64)
     if pairs.max() >= n or y.shape != (len(pairs),) or w.shape != y.shape:
         raise ValueError(f"{len(pairs)} comparisons of items up to {pairs.max()}: give as many labels, weights, names")
-    if not (((y >= 0) & (y <= 1)).all() and (w > 0).all() and np.isfinite(w).all() and ridge >= 0):
-        raise ValueError("labels are probabilities in [0, 1], weights are above 0, and ridge is not negative")
+    if not (((y >= 0) & (y <= 1)).all() and (w > 0).all() and np.isfinite(w).all() and 0 <= ridge < np.inf):
+        raise ValueError("labels are probabilities in [0, 1], weights above 0, and ridge is finite and not negative")
     _check_connected(pairs, y, names, finite=bool(ridge or firth))
     first, second = pairs.T
     plane = np.full((n, n), 1.0 / n)
 
-    def state(scores: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
-        """Objective, score and information (+ ridge) at some strengths."""
+    def laplacian(v: np.ndarray) -> np.ndarray:
+        out = np.zeros((n, n))
+        for a, b, sign in ((first, first, 1), (second, second, 1), (first, second, -1), (second, first, -1)):
+            np.add.at(out, (a, b), sign * v)
+        return out
+
+    def state(scores: np.ndarray) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
+        """Objective, score, information and curvature (+ ridge) at some strengths."""
         x = scores[first] - scores[second]
         p = 0.5 * (1 + np.tanh(0.5 * x))
-        info = np.zeros((n, n))
         v = w * p * (1 - p)
-        for a, b, sign in ((first, first, 1), (second, second, 1), (first, second, -1), (second, first, -1)):
-            np.add.at(info, (a, b), sign * v)
+        info = curve = laplacian(v)
         pull = w * (y - p)
         value = float((w * (y * -np.logaddexp(0, -x) + (1 - y) * -np.logaddexp(0, x))).sum())
         if firth:
             cov = np.linalg.inv(info + plane)  # of a difference, what the plane adds cancels
             hat = v * (cov[first, first] + cov[second, second] - 2 * cov[first, second])
             pull = pull + hat * (0.5 - p)
+            curve = laplacian((w + hat) * p * (1 - p))  # by the information alone, sparse data would oscillate
             value += 0.5 * float(np.linalg.slogdet(info + plane)[1])
         grad = np.bincount(first, pull, n) - np.bincount(second, pull, n) - ridge * scores
-        return value - 0.5 * ridge * float(scores @ scores), grad, info + ridge * np.eye(n)
+        own = ridge * np.eye(n)
+        return value - 0.5 * ridge * float(scores @ scores), grad, info + own, curve + own
 
     scores = np.zeros(n)
-    value, grad, info = state(scores)
+    value, grad, info, curve = state(scores)
     for _ in range(500):
-        step = np.linalg.solve(info + plane, grad)
+        step = np.linalg.solve(curve + plane, grad)
         step -= step.mean()
         for halving in range(60):
             new = state(scores + step * 0.5**halving)
             if new[0] >= value - 1e-12 * abs(value):
                 break
-        scores, (value, grad, info) = scores + step * 0.5**halving, new
+        scores, (value, grad, info, curve) = scores + step * 0.5**halving, new
         if np.abs(step).max() < 1e-9:
             break
     else:

@@ -12,6 +12,7 @@ it is an error.
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
@@ -34,7 +35,8 @@ def reduce_features(x: Tensor, how: str) -> Tensor:
     if how == "sigmoid":
         return x.sigmoid().mean(-1)
     mean = x.mean(-1)
-    floor = max(_ROUNDING, torch.finfo(dtype).eps) * x.abs().mean(-1)
+    noise = torch.finfo(dtype).eps / math.sqrt(x.shape[-1])  # of a mean of numbers that were rounded one by one
+    floor = max(_ROUNDING, noise) * x.abs().mean(-1)
     return torch.where(mean.abs() > floor, mean, torch.zeros_like(mean))
 
 

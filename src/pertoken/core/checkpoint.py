@@ -174,8 +174,8 @@ def saved_state(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         folder: of a finished run, of one that was stopped (its newest checkpoint is read), or one of its checkpoints.
 
     Returns:
-        What the run was made with (``method``, ``options``, ``start`` and ``given``: its models), and the module's
-        tensors by name.
+        What the run was made with (``method``, ``options``, and its ``reference``'s identity), and the module's tensors
+        by name.
 
     Raises:
         ValueError: no run is there, or its objective had no module.
@@ -184,14 +184,14 @@ def saved_state(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if (folder / RESULT).exists() and (folder / STATE).exists():
         record, tensors = read_json(folder / RESULT), load_file(folder / STATE)
         models = dict(record["provenance"]["models"])
-        made = {"method": record["method"], "options": record["options"], "start": models.pop("start"), "given": models}
+        made = {"method": record["method"], "options": record["options"], "reference": models["reference"]}
     else:
         found = checkpoints(folder)
         path = found[-1][1] if found else folder
         if not (path / "weights.safetensors").exists():
             raise ValueError(f"{folder} holds no trained run; name the folder that a run was written to")
         tensors, record = load_file(path / "weights.safetensors"), read_json(path / "state.json")
-        made = {key: record.get(key) or {} for key in ("method", "options", "start", "given")}
+        made = {key: record.get(key) or {} for key in ("method", "options", "reference")}
     own = {n.removeprefix("state."): t for n, t in tensors.items() if n.startswith("state.")}
     if not own:
         raise ValueError(f"the run in {folder} (method {made['method']}) learnt nothing beside the model")

@@ -116,6 +116,7 @@ class Preparation(Protocol):
     groups: list[Group]
     held_out: list[Group]
     policy: LM
+    given: Mapping[str, LM]
     config: LoopConfig
 
     @property

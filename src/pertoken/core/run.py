@@ -260,7 +260,9 @@ class Run:
             self.groups = with_mismatched(self.groups, context)
             self.held_out = with_mismatched(self.held_out, context) if len(self.held_out) > 1 else []
         options, data = describe(self.objective), self.data_key()
-        meta = {"method": self.slug, "options": options, "data": data, "start": start, "given": self._given()}
+        anchor = (self.given.get("reference") or self.policy.as_reference()).identity()
+        models = {"start": start, "reference": anchor, "given": self._given()}
+        meta = {"method": self.slug, "options": options, "data": data, **models}
         if resume and (self.out / RESULT).exists():
             for _, path in checkpoints(self.out)[-1:]:
                 refuse_other_run(path, {"config": self.config.trajectory(), **meta})
@@ -321,7 +323,7 @@ class Run:
             "stages": [{k: s.get(k) for k in ("stage", "seconds", "reused")} for s in self.stages.records],
             "notes": self.notes,
             "provenance": provenance(
-                models={"start": start, **self._given()},
+                models={"start": start, "reference": anchor, **self._given()},
                 seed=self.config.seed,
                 methods={self.slug: self.version_of(self.slug)},
                 data=data_hash(g.example for g in self.groups),

@@ -241,7 +241,9 @@ def _read(folder: Path, given: GPM) -> dict[str, Any]:
     elif lm is None and encoder is None and about.get("name"):
         lm = load(about["name"])
     wanted, now = about.get("features"), describe(encoder if encoder is not None else lm)
-    differs = isinstance(wanted, dict) and isinstance(now, dict) and not own
-    if differs and any(wanted.get(key) != now.get(key) for key in ("weights", "encoder")):
+    if isinstance(wanted, dict) and isinstance(now, dict):  # a model may lie elsewhere now; its weights are the same
+        wanted, now = ({k: v for k, v in x.items() if k not in ("name", "note")} for x in (wanted, now))
+    if wanted is not None and not own and wanted != now:
         raise ValueError(f"{folder} was fitted on other features ({about['name'] or about['encoder']}); give those")
-    return {"head": head, "module": module, "lm": lm, "encoder": encoder, "record": about["record"]}
+    kept = {"compat": about.get("compat", given.compat), "record": about["record"]}
+    return {"head": head, "module": module, "lm": lm, "encoder": encoder, **kept}

@@ -90,7 +90,8 @@ class MaskNets(nn.Module):
         scales = {m.weight for m in self.modules() if isinstance(m, nn.LayerNorm)}
         plain = [p for n, p in self.named_parameters() if n.endswith("bias") or p in scales]
         decayed = [p for n, p in self.named_parameters() if not (n.endswith("bias") or p in scales)]
-        groups = [(decayed, self.weight_decay), (plain, 0.0)]
+        fixed = any(net.family == "binary" for net in self.nets.values())  # no gradient passes a sign, so no decay
+        groups = [(decayed, 0.0 if fixed else self.weight_decay), (plain, 0.0)]
         return [{"params": ps, "lr_factor": self.lr_factor, "weight_decay": wd} for ps, wd in groups if ps]
 
     def forward(self, sides: tuple[str, ...], hidden: Tensor | None, like_NT: Tensor) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -179,7 +179,9 @@ class AlignDistil:
         config = {
             name: value for name, value in (("lr", ours.stage_lr), ("steps", ours.stage_steps)) if value is not None
         }
-        alike = {"device": str(run.policy.device), "dtype": run.policy.identity()["dtype"]}
+        was = run.policy.identity()
+        alike: dict[str, Any] = {"device": str(run.policy.device), "template": run.policy.template}
+        alike |= {"dtype": was["dtype"], "attention": was["attention"]}
         for name, path in (("dpo", ours.dpo), ("reverse", ours.reverse)):
             if name not in self.models:
                 continue
@@ -206,7 +208,8 @@ class AlignDistil:
                 l1 = (dpo.exp() - third.exp()).abs().sum(-1)
                 target = teacher_logits(dpo, third, self._weights(l1)[0], self.mode)
                 out |= {"kl_third": kl_divergence(logp, third), "l1": l1}
-            target = torch.log_softmax(target / self.kd_temperature, -1)
+            # what the teacher excludes has a large loss, not an infinite one, whose gradient would be NaN
+            target = torch.log_softmax(target / self.kd_temperature, -1).clamp(min=-LARGEST)
         return out | {"distil_kl": kl_divergence(student, target)}
 
     def loss(self, stats: Mapping[str, Stats], batch: Batch, state: nn.Module | None = None) -> Loss:

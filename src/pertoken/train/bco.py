@@ -100,7 +100,7 @@ class Shift(nn.Module):
         if self.kind == "running_mean":
             rate_C = n_C / (self.count_C + n_C).clamp(min=1)
         else:
-            rate_C = torch.where(seen_C, 1.0 - self.decay, 1.0)
+            rate_C = torch.where(seen_C, torch.full_like(here_C, 1.0 - self.decay), torch.ones_like(here_C))
         self.mean_C += torch.where(n_C > 0, rate_C * (here_C - self.mean_C), 0.0)
         self.count_C += n_C
 

@@ -114,8 +114,16 @@ class GPO:
         """
         if self.scorer is None and not self.preference:
             raise ValueError("GPO needs a preference model: preference=FOLDER of a GPM, or scorer=... from Python")
-        scorer = self.scorer if self.scorer is not None else run.scorer("gpm", folder=self.preference)
-        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | {"rounds": 1}
+        scorer = self.scorer
+        if scorer is None:  # on a copy: rounds train the policy's own weights, and the judge must stay what it is
+            scorer = run.scorer("gpm", folder=self.preference, lm=run.policy.reference())
+        judge_lm = getattr(scorer, "lm", None)
+        if self.rounds > 1 and judge_lm is not None and judge_lm.model is run.policy.model:
+            raise ValueError("the preference model reads the policy's own weights, which rounds change; give it a copy")
+        if "reference" in run.given:
+            raise ValueError("GPO's reference is the policy that a round starts from; do not give it another one")
+        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        options |= {"rounds": 1, "scorer": scorer, "preference": ""}
         seed = run.config.seed
         if self.rounds > 1 and hasattr(run.policy.model, "disable_adapter"):
             raise ValueError("an adapter's reference is its base, not pi_t; train all weights, or one round: rounds=1")
@@ -215,6 +223,8 @@ def preference_table(scorer: Any, traces: Sequence[Trace]) -> np.ndarray:
             f"{type(scorer).__name__} has neither pairwise_table nor prefer; give one that compares, as GPM"
         )
     k = len(traces)
+    if getattr(scorer, "compat", "") == "reference" and hasattr(scorer, "pairwise_table"):
+        table = table / 2  # the release's tables are twice s / tau
     if table.shape != (k, k) or not np.isfinite(table).all():
         raise ValueError(f"the preference model gave a table of shape {table.shape} for {k} samples, or one not finite")
     if not gap <= _TOLERANCE:

@@ -167,7 +167,14 @@ class MaPO:
 
 def mask_credit(objective: MaPO, reference: LM, traces: Sequence[Trace]) -> list[Credit]:
     """The weights of the tokens of traces, as credit of kind ``weight``, one a trace, each from the state before its
-    token."""
+    token.
+
+    Raises:
+        ValueError: traces of another tokenizer.
+    """
+    for i, trace in enumerate(traces):
+        if trace.tokenizer != reference.view.fingerprint:
+            raise ValueError(f"trace {i} is of another tokenizer than the reference; encode its text with lm.trace")
     needs = Needs({"reference": objective.stats["reference"]}, {"MaPO": objective.token_stats})
     credits: list[Credit | None] = [None] * len(traces)
     for packed in pack([[t] for t in traces], cost=Cost.of(reference.causal)):

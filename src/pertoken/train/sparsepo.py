@@ -218,10 +218,11 @@ class LearnedMask:
         made, tensors = saved_state(self.run)
         if made["method"] != "sparsepo":
             raise ValueError(f"{self.run} is a run of {made['method']}, which learns no mask; name one of sparsepo")
-        theirs = made["given"].get("reference") or made["start"]
-        ours = self.reference.identity()
-        if theirs["weights"] != ours["weights"] and theirs["name"] != ours["name"]:  # LoRA adds weights to a start
-            raise ValueError(f"the masks of {self.run} read the states of {theirs['name']!r}; load it as reference")
+        theirs = made["reference"]
+        if theirs["weights"] != self.reference.identity()["weights"]:
+            raise ValueError(
+                f"the masks of {self.run} read the states of {theirs['name']!r} as it was before that run; load it anew"
+            )
         plain = {k: v for k, v in made["options"].items() if k not in ("type", "network")}
         own = {k: v for k, v in made["options"]["network"].items() if k != "type"}
         objective = SparsePO(**plain, network=Network(**own))
