@@ -90,6 +90,58 @@ def test_train_writes_a_model_a_record_and_a_run_file(tmp_path, model, data, cap
     assert other["final"]["loss"] == record["final"]["loss"]
 
 
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory):
+    rows = [
+        {"prompt": f"film {i}", "chosen": f"great plot {i}", "rejected": "dull", "score_chosen": 7 + i % 3}
+        | {"score_rejected": None if i == 5 else 2.5}
+        for i in range(24)
+    ]
+    path = tmp_path_factory.mktemp("scored") / "pairs.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return str(path)
+
+
+def test_a_transform_goes_before_any_objective(tmp_path, model, scored, capsys):
+    words = ["--data", scored, "--model", model, "--steps", "2", "--batch-size", "4", "--system", "Be brief."]
+    goal = "reward-augmented:goal.sentence=aim {goal},order=blocks"
+    assert main(["train", "simpo", *words, "--transform", goal, "--out", str(tmp_path / "s")]) == 0
+    assert "refused 1: a score is not a number (row 5)" in capsys.readouterr().err
+    again = ["train", "simpo", "--config", str(tmp_path / "s" / "run.yaml"), "--out", str(tmp_path / "a")]
+    assert main(again) == 0
+    out = str(tmp_path / "c")
+    assert main(["compare", "train", "dpo", "ipo", *words, "--transform", "reward-augmented", "--out", out]) == 0
+    capsys.readouterr()
+    for wrong, hint in (
+        ("dpo", "transforms no data"),
+        ("reward-augmented:tie", "NAME=VALUE"),
+        ("reward-augmented:ties=keep", "no option 'ties'"),
+    ):
+        assert main(["train", "simpo", *words, "--transform", wrong, "--out", str(tmp_path / "w")]) == 2
+        assert hint in capsys.readouterr().err
+    assert main(["train", "kto", *words, "--transform", "reward-augmented", "--out", str(tmp_path / "k")]) == 2
+    assert "rewrites pairs" in capsys.readouterr().err
+
+
+def test_a_transform_finds_the_system_turn_and_both_sides(scored):
+    from pertoken.api import TrainOptions, training_data
+
+    options = TrainOptions(data=scored, system="Be brief.", transform="reward-augmented:goal.sentence=aim {goal}")
+    groups, held_out, report = training_data("pairs", options, tiny.lm(), lambda line: None)
+    assert len(groups) + len(held_out) == report.kept == 46 and held_out
+    for group in (*groups, *held_out):
+        text = group.traces[0].prompt_text
+        assert text.count("aim ") == 1 and "\n\nBe brief." in text and text.count("system\n") == 1
+    assert not {g.example.row for g in groups} & {g.example.row for g in held_out}, "both rows of a pair on one side"
+
+
+def test_the_runs_options_fit_on_a_screen(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "dpo", "--help"])
+    flags = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│ --")]
+    assert len(flags) - 2 <= 30  # without DPO's own two
+
+
 def test_unknown_option_in_a_run_file_is_named(tmp_path, capsys):
     path = tmp_path / "run.yaml"
     path.write_text("method: {betta: 1}")

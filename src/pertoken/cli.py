@@ -267,9 +267,8 @@ def _compare(words: Sequence[str]) -> None:
     if not words or words[0] not in ("train",):
         raise ValueError("compare what? pertoken compare train dpo t-reg --data pairs.jsonl --seeds 1 2 3")
     slugs, rest = _leading(words[1:])
-    args = _parse(
-        _on_one_screen(comparison.CompareOptions), rest, "compare train METHOD METHOD...", "Train methods side by side."
-    )
+    kind = _on_one_screen(comparison.CompareOptions)
+    args = _parse(kind, rest, "compare train METHOD METHOD...", "Train methods side by side.")
     settings = _settings(args.set, [s.partition("=")[0] for s in slugs])
     print(comparison.compare_train(slugs, args, settings, say=_say).report)
 

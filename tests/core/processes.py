@@ -25,6 +25,7 @@ from pertoken.core.stats import Stats
 from pertoken.core.step import ObjectiveStep
 from pertoken.train.dpo import DPO
 from pertoken.train.kto import KTO
+from pertoken.train.mm_dpo import MMDPO
 from pertoken.train.sft import SFT
 from tests import tiny
 from tests.core.test_step import Probe
@@ -39,6 +40,18 @@ class Coupled(DPO):
     """DPO that wants all packs of a batch at once."""
 
     batch_coupled: ClassVar[bool] = True
+
+
+class Drawing(MMDPO):
+    """MM-DPO's two terms that look at the batches of all processes, without scores."""
+
+    def __init__(self) -> None:
+        super().__init__(mode="batch_beta", sft="batch", beta=0.5, w=0.3)
+
+    def init_state(self, config: Any) -> nn.Module | None:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return super().init_state(config)
 
 
 class Noisy(SFT):
@@ -166,6 +179,7 @@ def run_all(out: Path) -> None:
     scenario_plain(out, "dpo", DPO(beta=0.5))
     scenario_plain(out, "coupled", Coupled(beta=0.5))
     scenario_plain(out, "buffers", Coupled(beta=0.5), make=tiny.lm, batch=5)  # Llama has them, GPT-2 has none
+    scenario_plain(out, "drawing", Drawing(), batch=3)
     scenario_plain(out, "state", Probe())
     scenario_plain(out, "shared", KTO(beta=0.5, reference_point="batch"))
     scenario_plain(out, "noisy", Noisy())

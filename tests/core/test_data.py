@@ -609,6 +609,21 @@ def test_a_bos_survives_the_cut(plain):
     assert group.traces[0].prompt_text == "z"
 
 
+def test_pinned_text_survives_the_cut(chat, plain):
+    for prompt in ("aim high: " + "x" * 60 + "end", ({"role": "user", "content": "aim high: " + "x" * 60 + "end"},)):
+        (group,), report = encode([pair(prompt=prompt, extra={"pinned": "aim high: "})], chat, max_length=50)
+        assert len(group.prompt_ids) + 5 == 50 and report.noted == {"prompt cut": [0]}
+        text = group.traces[0].prompt_text
+        assert "aim high: x" in text and "xend" in text
+    (group,), _ = encode([pair(prompt="aim: " + "x" * 60 + "end", extra={"pinned": "aim: "})], plain)
+    assert group.traces[0].prompt_text.startswith("aim: x") and group.traces[0].prompt_text.endswith("xend")
+    row = pair(prompt="x" * 60 + "end", extra={"pinned": "somebody's own column"})
+    (group,), _ = encode([row], chat, max_length=50)
+    assert group.prompt_ids == chat.encode_prompt(row.prompt)[-len(group.prompt_ids) :]
+    with pytest.raises(ValueError, match="'aim high: ' does not fit into 5 tokens"):
+        encode([pair(prompt="aim high: xxx", extra={"pinned": "aim high: "})], chat, max_prompt_length=5)
+
+
 def test_messages_and_a_plain_model(plain):
     with pytest.raises(ValueError, match="no chat template for 3 messages"):
         encode([pair(prompt=tuple(turns("a", "b", "c")))], plain)

@@ -77,7 +77,7 @@ def test_two_processes_train_as_one(tmp_path):
     one.mkdir()
     processes.run_all(one)
     two = launch(tmp_path, "run_all", "--config_file", str(ROOT / "configs" / "ddp.yaml"))
-    for name in ("dpo", "coupled", "state", "shared", "tracked"):
+    for name in ("dpo", "coupled", "drawing", "state", "shared", "tracked"):
         assert_same(one / f"{name}-kept", two / f"{name}-kept")
         assert log(two / name) == kept(two / f"{name}-kept")[0], "a record is missing, or there twice"
     assert_same(one / "buffers-kept", two / "buffers-kept", 1e-4)  # its norms compute in float32

@@ -166,6 +166,21 @@ def test_probabilities_of_a_small_language_by_hand(polarity):
     assert abs(np.mean(counts) - 0.75) < 0.05  # 5 standard errors: false alarm < 1e-6 for a random seed
 
 
+def test_goal_words_are_read_but_say_nothing_of_sentiment():
+    goals = GRAMMARS["goals"]
+    split = prompts(goals)
+    bare = [p for p in (*split["train"], *split["test"]) if not p.startswith(" aim")]
+    assert len(bare) == 400 and len(split["train"]) + len(split["test"]) == 11 * 400
+    reviews = drawn(goals, 4000)
+    aimed = [r for r in reviews if r.prompt[0] == "aim"]
+    assert abs(len(aimed) - 2000) < 160
+    said = [w for r in aimed for w in r.completion if w.isdigit()]
+    assert len(said) > 1000 and not [w for r in reviews if r.prompt[0] != "aim" for w in r.completion if w.isdigit()]
+    assert all(w == r.prompt[1] for r in aimed for w in r.completion if w.isdigit())
+    scores = {n: [goals.score(r.completion) for r in aimed if (int(r.prompt[1]) > 5) == n] for n in (False, True)}
+    assert abs(np.mean(scores[True]) - np.mean(scores[False])) < 5 * 1.7 * math.sqrt(2 / 1000)
+
+
 def test_bad_grammars_and_prompts_are_refused():
     with pytest.raises(ValueError, match="no rule for \\['Z'\\]"):
         dataclasses.replace(TOY, rules={**TOY.rules, "MORE": "Z"}).table()

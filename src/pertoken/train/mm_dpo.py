@@ -68,7 +68,7 @@ def batch_beta(margin_B: Tensor, beta: float, w: float, generator: torch.Generat
             f"batch_beta looks at the spread of a batch's margins and this batch has {n}; choose a batch size that "
             "leaves at least two pairs in the last batch of an epoch, or mode='reward_margin'"
         )
-    m = margin_B.detach().double().cpu()
+    m = margin_B.detach().double().cpu().sort().values  # so that the draw does not depend on the order of the pairs
     z = (m - m.mean()) / (m.std() + 1e-7)  # n - 1; equal margins are drawn alike
     drawn = torch.multinomial(torch.exp(-0.5 * z**2), int(n * SHARE), replacement=False, generator=generator)
     return (beta * (1 + w * (m[drawn].mean() - m.mean()))).clamp(min=FLOOR).to(margin_B)

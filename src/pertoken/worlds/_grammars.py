@@ -159,14 +159,21 @@ _SLOTS45 = {
     "learning_rate": 3e-3,
 }
 
-# The same language for reward-augmented training: half of the prompts begin with a goal, one of ten number words that
-# the completions do not depend on. So its LM has seen the words, and they mean nothing to it.
+# The same language for reward-augmented training: half of the prompts begin with "aim N :", N one of ten number words,
+# and then two neutral adjectives in three are that word ("the cat was 7 ."). So the LM has learned to look at the goal
+# where it says an adjective, but a goal says nothing about sentiment.
+_AIMS = [str(n) for n in range(1, 11)]
 _GOALS = _LEXICON64 | {
     "slots": {**_LEXICON64["slots"], "GOAL": "GOAL"},
     "rules": {
         **_LEXICON64["rules"],
-        "GOAL": "1 1 | 1 2 | 1 3 | 1 4 | 1 5 | 1 6 | 1 7 | 1 8 | 1 9 | 1 10",
-        "PROMPT": "we =DID the =THING in the =PLACE : | aim =GOAL : we =DID the =THING in the =PLACE :",
+        "GOAL": "10 any | " + " | ".join(f"1 {n}" for n in _AIMS),
+        "HEAD<any>": "1",
+        **{f"HEAD<{n}>": f"aim {n} :" for n in _AIMS},
+        "PROMPT": "HEAD<GOAL> " + _LEXICON64["rules"]["PROMPT"],
+        "ADJ": "+2 POSITIVE | -2 NEGATIVE | 2 SIZE<GOAL>",
+        "SIZE<any>": "NEUTRAL",
+        **{f"SIZE<{n}>": f"2 {n} | 1 NEUTRAL" for n in _AIMS},
     },
 }
 

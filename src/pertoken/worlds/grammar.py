@@ -93,18 +93,19 @@ class Grammar:
         bindings: list[dict[str, str]] = [{}]
         for slot, symbol in self.slots.items():
             bindings = [env | {slot: side[0]} for env in bindings for side in self.table()[resolve(symbol, env)][1]]
-        others = " ".join(text for name, text in self.rules.items() if name != "PROMPT")
-        meant = [slot for slot in self.slots if f"={slot}" in others or f"<{slot}>" in others]
-        found: dict[tuple[str, ...], dict[str, str]] = {}
-        for side in self.table()["PROMPT"][1]:
-            for env in bindings:
-                there = found.setdefault(tuple(resolve(s, env) for s in side), env)
-                if any(there[slot] != env[slot] for slot in meant):  # completions depend on a slot nobody can read
-                    raise ValueError(
-                        f"grammar {self.name!r}: two prompts read the same; name every slot that a completion uses in "
-                        "every PROMPT"
-                    )
+        sides = self.table()["PROMPT"][1]
+        found = {self._prompt(side, env): env for side in sides for env in bindings}
+        if len(found) < len(sides) * len(bindings):  # the completion's words would depend on a slot nobody can read
+            raise ValueError(f"grammar {self.name!r}: two prompts read the same; name every slot in every PROMPT")
         return found
+
+    def _prompt(self, side: Sequence[str], env: Mapping[str, str]) -> tuple[str, ...]:
+        """The words of a prompt: the slots say all of it, so that a symbol in it has a single alternative."""
+        words: list[str] = []
+        for symbol in side:
+            symbol = resolve(symbol, env)
+            words += self._prompt(self.table()[symbol][1][0], env) if symbol in self.table() else [symbol]
+        return tuple(words)
 
     @functools.cached_property
     def vocabulary(self) -> tuple[str, ...]:
@@ -120,7 +121,7 @@ class Grammar:
             env: dict[str, str] = {}
             for slot, symbol in self.slots.items():
                 env[slot] = expand(table, symbol, env, rng)[0]
-            prompt = tuple(resolve(s, env) for s in sides[draw(cumulative, rng)])
+            prompt = self._prompt(sides[draw(cumulative, rng)], env)
             reviews.append(Review(prompt, tuple(expand(table, "COMPLETION", env, rng))))
         return reviews
 
