@@ -87,33 +87,33 @@ def critical_token_losses(
 
 @dataclass(frozen=True, kw_only=True)
 class Estimation:
-    """The two models p and q, and their contrast."""
+    """The two models p and q, and their contrast (ce: contrastive estimation, the release's name for these models)."""
 
     contrast: float = 1.0
     """b."""
-    lora: int = 8
+    ce_lora: int = 8
     """Rank of the adapters (alpha twice that); 0 trains all weights."""
-    lr: float = 3e-4
+    ce_lr: float = 3e-4
     """Peak learning rate, cosine."""
-    epochs: float = 1.0
+    ce_epochs: float = 1.0
     """Passes over the startup data."""
-    batch_size: int = 6
+    ce_batch_size: int = 6
     """Responses an update."""
-    warmup_steps: int = 100
+    ce_warmup_steps: int = 100
     """Updates in which the rate rises; too many for small data, where p and q then hardly learn."""
 
     def __post_init__(self) -> None:
-        if not (self.contrast >= 0 and self.lora >= 0 and self.lr > 0 and self.epochs > 0 and self.batch_size >= 1):
-            raise ValueError(f"{self}: contrast and lora >= 0, lr and epochs > 0 and batch_size >= 1 are needed")
-        if self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps={self.warmup_steps} must not be negative")
+        if not (self.contrast >= 0 and self.ce_lora >= 0 and self.ce_lr > 0 and self.ce_epochs > 0):
+            raise ValueError(f"{self}: contrast and ce_lora at least 0, ce_lr and ce_epochs above 0 are needed")
+        if not (self.ce_batch_size >= 1 and self.ce_warmup_steps >= 0):
+            raise ValueError(f"{self}: ce_batch_size at least 1 and ce_warmup_steps at least 0 are needed")
 
     def loop(self, n: int) -> dict[str, Any]:
         """What differs in the loop of a model that learns from n responses."""
-        total = int(np.ceil(self.epochs * -(-n // self.batch_size)))
-        warmup = min(1.0, (self.warmup_steps + 0.5) / total) if self.warmup_steps else 0.0
-        own = {"lr": self.lr, "epochs": self.epochs, "steps": None, "batch_size": self.batch_size, "warmup": warmup}
-        return own | {"schedule": "cosine", "optimizer": "adamw", "weight_decay": 0.0}
+        total = int(np.ceil(self.ce_epochs * -(-n // self.ce_batch_size)))
+        warmup = min(1.0, (self.ce_warmup_steps + 0.5) / total) if self.ce_warmup_steps else 0.0
+        own = {"lr": self.ce_lr, "epochs": self.ce_epochs, "batch_size": self.ce_batch_size, "warmup": warmup}
+        return own | {"steps": None, "schedule": "cosine", "optimizer": "adamw", "weight_decay": 0.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,9 +179,9 @@ class CriticalTokenDPO:
             if loop["warmup"] == 1.0:
                 run.report(
                     f"cdpo: warning: the {name} model's {len(side)} responses make fewer updates than its "
-                    f"{self.estimation.warmup_steps} of warm-up; lower estimation.warmup_steps"
+                    f"{self.estimation.ce_warmup_steps} of warm-up; lower ce_warmup_steps"
                 )
-            models.append(run.train("sft", on=side, lora=self.estimation.lora or None, config=loop))
+            models.append(run.train("sft", on=side, lora=self.estimation.ce_lora or None, config=loop))
         if given is not None:
             run.report("cdpo: startup data: " + ", ".join(f"{v} {k}" for k, v in given.counts.items()))
         p, q = models
