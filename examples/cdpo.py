@@ -59,7 +59,7 @@ from pertoken.worlds.arithmetic import Problem, correct, final_answer, misled, p
 CHAIN = Sampling(max_new_tokens=36)
 ROLLOUT = Sampling(max_new_tokens=36, temperature=0.7)
 GREEDY = Sampling(max_new_tokens=36, temperature=0)
-ESTIMATION = Estimation(ce_lr=2e-3, ce_batch_size=16, ce_epochs=2, warmup_steps=4)
+ESTIMATION = Estimation(ce_lr=2e-3, ce_batch_size=16, ce_epochs=2, ce_warmup_steps=4)
 SCORES = ("contrastive estimation", "positive model alone", "base model alone")
 RATES = (3e-5, 6e-5, 1.2e-4)
 
@@ -126,7 +126,7 @@ def trained_models(lm: LM, data: StartupData, out: Path) -> tuple[LM, LM]:
         progress=False,
     )
     p, q = (
-        run.train("sft", on=side, lora=ESTIMATION.lora, config=ESTIMATION.loop(len(side)))
+        run.train("sft", on=side, lora=ESTIMATION.ce_lora, config=ESTIMATION.loop(len(side)))
         for side in (data.positive, data.negative)
     )
     return p, q
@@ -333,7 +333,7 @@ def _smollm2(options: Options, out: Path) -> None:
             Arm(
                 name="cdpo",
                 slug="critical-token-dpo",
-                objective=CriticalTokenDPO(estimation=Estimation(warmup_steps=4)),
+                objective=CriticalTokenDPO(estimation=Estimation(ce_warmup_steps=4)),
             ),
         ],
         lambda: load("smollm2"),

@@ -87,7 +87,7 @@ def critical_token_losses(
 
 @dataclass(frozen=True, kw_only=True)
 class Estimation:
-    """The two models p and q, and their contrast."""
+    """The two models p and q, and their contrast (ce: contrastive estimation, the release's name for these models)."""
 
     contrast: float = 1.0
     """b."""
@@ -99,20 +99,19 @@ class Estimation:
     """Passes over the startup data."""
     ce_batch_size: int = 6
     """Responses an update."""
-    warmup_steps: int = 100
+    ce_warmup_steps: int = 100
     """Updates in which the rate rises; too many for small data, where p and q then hardly learn."""
 
     def __post_init__(self) -> None:
-        positive = self.ce_lr > 0 and self.ce_epochs > 0 and self.ce_batch_size >= 1
-        if not (positive and self.contrast >= 0 and self.ce_lora >= 0):
-            raise ValueError(f"{self}: contrast, ce_lora >= 0, ce_lr, ce_epochs > 0 and ce_batch_size >= 1 are needed")
-        if self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps={self.warmup_steps} must not be negative")
+        if not (self.contrast >= 0 and self.ce_lora >= 0 and self.ce_lr > 0 and self.ce_epochs > 0):
+            raise ValueError(f"{self}: contrast and ce_lora at least 0, ce_lr and ce_epochs above 0 are needed")
+        if not (self.ce_batch_size >= 1 and self.ce_warmup_steps >= 0):
+            raise ValueError(f"{self}: ce_batch_size at least 1 and ce_warmup_steps at least 0 are needed")
 
     def loop(self, n: int) -> dict[str, Any]:
         """What differs in the loop of a model that learns from n responses."""
         total = int(np.ceil(self.ce_epochs * -(-n // self.ce_batch_size)))
-        warmup = min(1.0, (self.warmup_steps + 0.5) / total) if self.warmup_steps else 0.0
+        warmup = min(1.0, (self.ce_warmup_steps + 0.5) / total) if self.ce_warmup_steps else 0.0
         own = {"lr": self.ce_lr, "epochs": self.ce_epochs, "batch_size": self.ce_batch_size, "warmup": warmup}
         return own | {"steps": None, "schedule": "cosine", "optimizer": "adamw", "weight_decay": 0.0}
 
@@ -180,7 +179,7 @@ class CriticalTokenDPO:
             if loop["warmup"] == 1.0:
                 run.report(
                     f"cdpo: warning: the {name} model's {len(side)} responses make fewer updates than its "
-                    f"{self.estimation.warmup_steps} of warm-up; lower estimation.warmup_steps"
+                    f"{self.estimation.ce_warmup_steps} of warm-up; lower ce_warmup_steps"
                 )
             models.append(run.train("sft", on=side, lora=self.estimation.ce_lora or None, config=loop))
         if given is not None:
