@@ -1,5 +1,6 @@
 """Comparisons: same data, own folders, and a killed one goes on where it was."""
 
+import dataclasses
 import shutil
 
 import pytest
@@ -109,3 +110,16 @@ def test_data_that_one_method_cannot_use_are_refused_before_any_other_is_trained
             evaluate=lambda *_: {},
         )
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("slug", "reason"), [("mm-dpo", "row 1 has no scores"), ("reward-augmented", "kept no row|no row|without scores")]
+)
+def test_methods_that_learn_from_scores_refuse_data_without_them(slug, reason):
+    lm = tiny.lm()
+    rows = [Example(prompt=f"f{i}", responses=("a", "b"), row=i + 1) for i in range(3)]
+    arms = [Arm(name="dpo", slug="dpo", objective=DPO()), Arm(name=slug, slug=slug, objective=catalog.method(slug)())]
+    with pytest.raises(ValueError, match=f"{slug} cannot learn from these data: .*({reason})"):
+        check_arms(arms, "pairs", encode(rows, lm)[0])
+    scored = [dataclasses.replace(e, scores=(8.0, 2.0 + e.row)) for e in rows]
+    check_arms(arms, "pairs", encode(scored, lm)[0])

@@ -26,7 +26,7 @@ column is refused and a NaN counts as delta = 0 (beta_ori). delta has no bound t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -152,6 +152,11 @@ class MMDPO:
     def init_state(self, config: Any) -> nn.Module | None:
         """Where draws come from, if there are any."""
         return Draws() if self.mode == "batch_beta" else None
+
+    def check(self, groups: Sequence[Group]) -> None:
+        """Refuse pairs without scores, before anything runs."""
+        for group in groups if self.mode == "reward_margin" else ():
+            _delta(group)
 
     def prepare(self, run: Preparation) -> None:
         """Give every group the column ``beta``, and report how the reward model sees the labels.

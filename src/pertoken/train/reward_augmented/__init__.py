@@ -85,6 +85,7 @@ class RewardAugmented:
     """Most tokens of a prompt with its goal (the recipes take 512); default: what the context leaves."""
 
     data: ClassVar[str] = "pairs"
+    models: ClassVar[tuple[str, ...]] = ("reference",)
 
     def __post_init__(self) -> None:
         if not self.beta > 0:
@@ -98,10 +99,10 @@ class RewardAugmented:
     def _choices(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("order", "tie", "disagreement", "aspects")}
 
-    @property
-    def models(self) -> tuple[str, ...]:
-        """DPO's reference."""
-        return ("reference",)
+    def check(self, groups: Sequence[Group]) -> None:
+        """Refuse data that no goal can be made of, before anything runs."""
+        if self.scorer is None and not self.scoring.score_with:
+            plan([g.example for g in groups], self.goal, required=True, **self._choices())
 
     @property
     def stats(self) -> Mapping[str, frozenset[str]]:
