@@ -41,7 +41,7 @@ from pertoken.train.tdpo import TDPO
 from pertoken.worlds.experiment import GrammarPairs, development_pairs, grammar_pairs
 
 RATES, WARMUPS = (2e-4, 3e-4, 4e-4, 5e-4, 7e-4), (0.06, 0.25, 0.5)  # what --tune looks at
-CHOSEN = (3e-4, 0.25)  # what it picks
+CHOSEN = (0.0005, 0.5)  # what it picks
 PILOT_KL = 10.9  # DPO's in the specification's pilot
 TRAINED, DEVELOPMENT, HELD_OUT = 0, 1, 2  # seeds of the three draws
 NEAR = 0.1  # relative distance in KL within which a point of DPO's run counts as one at TDPO2's KL
