@@ -15,6 +15,28 @@ Acceptance (specification): gap(0.5) >= 1.15 x and d'(0.5) >= 1.02 x DPO's, d' r
 three on medians over the seeds of the ratio to DPO of the same seed), held-out pair accuracy not more than 2 points
 lower (medians of three seeds); rhat permuted within each response shows no rise (here: the median d' ratio over three
 permutations and the seeds is at most 1.01).
+
+Chosen (--tune; 200 development pairs on training prompts, of another draw, without a response that is trained on): of
+rates 2e-4 to 4e-3 and 60 or 120 updates (more would take longer than three minutes), the least mean loss of plain DPO
+is at 2e-3 and 120 updates: 0.052, accuracy 0.988 (1e-3: 0.266, 0.952; 5e-4: 0.502, 0.875; 4e-3: 0.057, 0.978). T-REG
+was not looked at. The held-out pairs are of a draw that had not been looked at (seed 2) and were measured once.
+
+MISSED: gap 1.03 x (seeds 1.03, 1.32, 1.03), d' 0.87 x (0.87, 1.51, 0.87), which does not rise over alpha either;
+accuracy 0.990 against 0.995. What was learned:
+(1) At DPO's least loss the figure is noise. rhat permuted, which should do nothing, moves d' by 0.65 to 3.09 x over its
+nine runs, so that it keeps its bound (median 0.91 x) says as little. DPO has won nearly every pair there and drifts on:
+held-out chosen responses stand 53 to 69 nats below the reference. T-REG's weight w = sigmoid(-margin) has fallen from
+0.5 to between 0.05 and 0.10 at half of the run, so that the tilt is hardly trained while drift fills d' with noise.
+(2) A gentler rate is a remedy for two of the bounds. On development pairs (--development --permutations 0 --rate 5e-4)
+the gap is 1.175 x (seeds 1.18, 1.26, 1.15) and d' 1.07 x (1.06, 1.29, 1.07), but d' does not rise strictly (alpha 0.25:
+1.14 x); accuracy 0.890 against 0.855.
+(3) Halving the rate is none: 1e-3 gives a gap of 0.95 x (1.10, 0.95, 0.64) and d' 0.32 x (0.73, 0.32, 0.31) there. The
+specification's figures are those of a DPO that is far from its least loss.
+(4) Earlier figures had been looked at while rate, updates and scorer were chosen. They are of the held-out draw of seed
+0, best of four, rate 5e-4: after 60 updates gap 1.14 x, d' 1.16 x; after 120 gap 1.21 x, d' 1.15 x, permuted d' 1.02 to
+1.08 x. With two class-conditional LMs trained apart, in place of two that go on from one LM, d' was 0.85 x; their rhat
+had a standard deviation of 0.07 on neutral words. The two that go on stand for two prompts of one model, and stayed;
+--tune prints how good their rhat is on development pairs (gap 0.74, d' 85).
 """
 
 from __future__ import annotations
@@ -79,6 +101,12 @@ class Options:
     """SmolLM2 in the sentiment world instead of the small language."""
     tune: bool = False
     """Choose rate and updates on development pairs, by plain DPO alone, and measure nothing."""
+    development: bool = False
+    """Measure on the development pairs, which may be looked at; with --rate, what another rate would do there."""
+    rate: float = CHOSEN[0]
+    """Learning rate in the small language."""
+    permutations: int = 3
+    """Permuted controls."""
     ablations: bool = False
     """Also the specification's ablations."""
     out: str = ""
@@ -92,13 +120,18 @@ def main(options: Options) -> None:
     out = Path(options.out or tempfile.mkdtemp(prefix="t-reg-"))
     if options.tune:
         return _tune(options, out)
-    world = _smollm2(out) if options.full else _grammar()
+    if options.save and (options.development or options.rate != CHOSEN[0] or not options.permutations):
+        raise ValueError("only what was chosen before is measured on held-out pairs and saved; leave out --save")
+    world = _smollm2(out) if options.full else _grammar(options)
     rhat = world["rhat"]
     arms = {
         DPO_ARM: TReg(alpha=0.0, **rhat),
         "t-reg 0.25": TReg(alpha=0.25, **rhat),
         "t-reg 0.5": TReg(alpha=0.5, **rhat),
-        **{f"permuted {k}": TReg(alpha=0.5, scorer=Permuted(world["scorer"], seed=k)) for k in range(3)},
+        **{
+            f"permuted {k}": TReg(alpha=0.5, scorer=Permuted(world["scorer"], seed=k))
+            for k in range(options.permutations)
+        },
     }
     if options.ablations:
         simpo: dict[str, Any] = {"base": "simpo", "beta": 2.0, "gamma": 0.8}
@@ -141,15 +174,16 @@ def main(options: Options) -> None:
         )
     rise = [float(np.median(ratios[name]["d_prime"])) for name in (DPO_ARM, "t-reg 0.25", "t-reg 0.5")]
     gaps = ratios["t-reg 0.5"]["gap"]
-    control = np.concatenate([ratios[f"permuted {k}"]["d_prime"] for k in range(3)])
+    control = np.array([d for k in range(options.permutations) for d in ratios[f"permuted {k}"]["d_prime"]])
     accuracy = {name: float(np.median(f["correct"])) for name, f in figures.items()}
     checks = {
         "gap ratio >= 1.15": float(np.median(gaps)) >= 1.15,
         "d' ratio >= 1.02": rise[2] >= 1.02,
         "d' rises over alpha": rise[0] < rise[1] < rise[2],
         "accuracy within 2 points": accuracy["t-reg 0.5"] >= accuracy[DPO_ARM] - 0.02,
-        "permuted rhat: d' does not rise": float(np.median(control)) <= 1.01,
     }
+    if options.permutations:
+        checks["permuted rhat: d' does not rise"] = float(np.median(control)) <= 1.01
     for check, good in checks.items():
         print(f"{'reached' if good else 'MISSED ':<8} {check}")
     if options.save:
@@ -255,16 +289,18 @@ def _tune(options: Options, out: Path) -> None:
     print(f"picked, by the least mean loss: rate {picked[0]:g}, {picked[1]} updates; the example uses {CHOSEN}")
 
 
-def _grammar() -> dict[str, Any]:
+def _grammar(options: Options) -> dict[str, Any]:
     world = _pairs()
+    if options.development:
+        pairs = development_pairs(world, 200, samples=SAMPLES, seed=DEVELOPMENT)
+        world = dataclasses.replace(world, held_out=pairs)
     scorer = ContrastivePrompt(policies=class_conditional("lexicon64"))
-    rate, updates = CHOSEN
     return {
-        "name": "grammar world, preset lexicon64",
+        "name": "grammar world, preset lexicon64" + (", DEVELOPMENT PAIRS" if options.development else ""),
         "policy": world.policy,
         "train": world.train,
         "evaluation": Evaluation(held_out=world.held_out, quality=credit_quality, truths=world.truths()),
-        "config": LoopConfig(lr=rate, batch_size=16, steps=updates),
+        "config": LoopConfig(lr=options.rate, batch_size=16, steps=CHOSEN[1]),
         "scorer": scorer,
         "rhat": {"scorer": scorer},
     }

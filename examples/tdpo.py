@@ -14,6 +14,30 @@ Acceptance (specification), medians of three seeds: TDPO2(0.5) within 4 points o
 0.6 x DPO's; alpha in 0, 0.5, 1 orders that KL strictly downwards. That is about equal updates and no frontier. The
 control without a bound is DPO (TDPO2 with alpha 0, which logs the KL) evaluated along its own run: accuracy against KL
 for both, and DPO where its KL comes closest to TDPO2's final one.
+
+Chosen (--tune; plain DPO on 200 development pairs on training prompts, of another draw, without a response that is
+trained on): of rates 2e-4 to 7e-4 and warm-ups of 6 % (the specification's 150 updates of about 2,500), 25 and 50 % of
+the updates, those whose KL is nearest to the pilot's 10.9 for the seed that is farthest from it: 5e-4 with 50 % (KL
+9.9, 11.2, 10.1; farthest 1.10 x; second 3e-4 with 25 %: 7.2, 7.2, 15.0). 50 % was added after 6 and 25 % had been seen
+on these pairs. The held-out pairs are of a draw that had not been looked at (seed 2) and were measured once.
+
+Reached: TDPO2 has accuracy 0.980 at KL 4.1, DPO 0.920 at 12.4. What was learned:
+(1) No warm-up makes DPO smooth here; it moves the blow-up. At 6 % the KL peaks at up to 148 on the way (development
+pairs), and in the run measured DPO jumps to 35 and 50 nats in seeds 1 and 2 when the warm-up ends, and comes back.
+RMSprop (memory 0.99) moves a weight by up to ten rates where its gradient jumps, and clipping at 10 does not touch
+that. Float noise is then enough to part equal objectives: TDPO2 with alpha 0 is DPO, and ends at KL 9.7, 11.1, 10.0
+where DPO ends at 15.3, 12.4, 9.9. That KL falls is no such noise: 0.33 x of one, 0.41 x of the other, and every seed of
+TDPO2 below every seed of both. The few pairs of (rate, warm-up) whose KL is alike for three seeds are partly luck.
+(2) No DPO at equal KL can be had from this run in two of three seeds: within 10 % of TDPO2's final KL there is one
+point, in a jump of seed 3 (accuracy 0.585). Below that KL, DPO's best points are 0.815 at 2.8, 0.645 at 0.1 and 0.905
+at 3.7, and TDPO2's medians are 0.920 at 1.3 and 0.975 at 1.9. A gentler DPO does better than that (rate 2e-4, warm-up
+25 %: 0.89 to 0.905 at KL 2.9 to 3.1, development pairs). The pilot's DPO, 93.4 % at KL 1.05, was not found here.
+(3) TDPO1 is worse than DPO: 0.805 at KL 18.6 (pilot: 91.6 % at 8.9, DPO 96.2 % at 10.9). Its logits are those of TDPO2
+with alpha 1 (0.980 at 1.9), so the difference is the gradient through D(y_w) alone: it is paid for raising the chosen
+responses' divergence. By u + D, which it trains, it is right in 0.970 of the pairs, by u in 0.805. The release advises
+it for low learning rates.
+(4) Before, without warm-up, at 2e-4 and on the held-out draw of seed 0, DPO had 0.920 at KL 6.4 (of seeds from 5 to
+24), TDPO2 0.955 at 2.4, TDPO1 0.705 at 16.9; a search by bisection gave DPO 0.76 at KL 2.4, a point in a jump.
 """
 
 from __future__ import annotations
@@ -41,7 +65,7 @@ from pertoken.train.tdpo import TDPO
 from pertoken.worlds.experiment import GrammarPairs, development_pairs, grammar_pairs
 
 RATES, WARMUPS = (2e-4, 3e-4, 4e-4, 5e-4, 7e-4), (0.06, 0.25, 0.5)  # what --tune looks at
-CHOSEN = (3e-4, 0.25)  # what it picks
+CHOSEN = (0.0005, 0.5)  # what it picks
 PILOT_KL = 10.9  # DPO's in the specification's pilot
 TRAINED, DEVELOPMENT, HELD_OUT = 0, 1, 2  # seeds of the three draws
 NEAR = 0.1  # relative distance in KL within which a point of DPO's run counts as one at TDPO2's KL
