@@ -1,5 +1,8 @@
 """What every training objective of the catalog keeps. A new row is tested without writing a test."""
 
+# options and parameters of these tests are dicts and tuples of mixed types, which the checker cannot follow
+# pyright: reportOptionalMemberAccess=false
+
 import copy
 import dataclasses
 import importlib.util

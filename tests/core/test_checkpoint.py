@@ -1,5 +1,8 @@
 """A checkpoint holds all of it, whole or not at all."""
 
+# options and parameters of these tests are dicts and tuples of mixed types, which the checker cannot follow
+# pyright: reportArgumentType=false
+
 from __future__ import annotations
 
 import pytest

@@ -1,5 +1,8 @@
 """Options as JSON: what an encoder is, whichever object holds it; what has an identity is described by it."""
 
+# options and parameters of these tests are dicts and tuples of mixed types, which the checker cannot follow
+# pyright: reportArgumentType=false
+
 import json
 from dataclasses import dataclass
 

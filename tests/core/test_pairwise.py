@@ -1,5 +1,8 @@
 """Preference embeddings, the pairwise trainer and the Bradley-Terry fit, against arithmetic done another way."""
 
+# options and parameters of these tests are dicts and tuples of mixed types, which the checker cannot follow
+# pyright: reportArgumentType=false, reportOptionalMemberAccess=false
+
 import dataclasses
 import itertools
 import math

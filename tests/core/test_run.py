@@ -1,5 +1,8 @@
 """A run from data to a model in a folder: what is prepared once, what is cached, what is recorded, what is refused."""
 
+# options and parameters of these tests are dicts and tuples of mixed types, which the checker cannot follow
+# pyright: reportCallIssue=false
+
 from __future__ import annotations
 
 import copy

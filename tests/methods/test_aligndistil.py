@@ -1,5 +1,8 @@
 """AlignDistil: by hand, every identity of its specification, the stages, and the inputs of its pitfalls."""
 
+# options and parameters of these tests are dicts and tuples of mixed types, which the checker cannot follow
+# pyright: reportCallIssue=false
+
 import dataclasses
 import itertools
 import math

@@ -1,5 +1,8 @@
 """BCO: by hand, the bound, every identity of its specification, the shift's rules, matching, and bad input."""
 
+# options and parameters of these tests are dicts and tuples of mixed types, which the checker cannot follow
+# pyright: reportArgumentType=false, reportCallIssue=false
+
 import copy
 import dataclasses
 import math

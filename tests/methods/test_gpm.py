@@ -1,5 +1,8 @@
 """GPM: by hand, every identity of its specification, fitting, keeping, and the inputs of its pitfalls."""
 
+# options and parameters of these tests are dicts and tuples of mixed types, which the checker cannot follow
+# pyright: reportArgumentType=false
+
 import dataclasses
 import itertools
 import json

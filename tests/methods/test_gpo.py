@@ -1,5 +1,8 @@
 """GPO: by hand, every identity of its specification, its preparation with real models, and bad input."""
 
+# options and parameters of these tests are dicts and tuples of mixed types, which the checker cannot follow
+# pyright: reportArgumentType=false
+
 import dataclasses
 import json
 import math

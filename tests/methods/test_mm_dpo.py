@@ -1,5 +1,8 @@
 """MM-DPO: by hand, every identity of its specification, and the inputs of its pitfalls."""
 
+# options and parameters of these tests are dicts and tuples of mixed types, which the checker cannot follow
+# pyright: reportArgumentType=false
+
 import math
 from types import SimpleNamespace
 

@@ -1,5 +1,8 @@
 """Reward-augmented pairs: by hand, every identity of the specification, and the inputs of its pitfalls."""
 
+# options and parameters of these tests are dicts and tuples of mixed types, which the checker cannot follow
+# pyright: reportArgumentType=false, reportOptionalIterable=false, reportOptionalSubscript=false
+
 import copy
 import dataclasses
 import json

@@ -1,5 +1,8 @@
 """SparsePO: by hand, every identity of its specification through a real pass, and the inputs of its pitfalls."""
 
+# options and parameters of these tests are dicts and tuples of mixed types, which the checker cannot follow
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
+
 import dataclasses
 import math
 

@@ -1,5 +1,8 @@
 """TDPO: by hand, every identity of its specification through a real pass, and the inputs of its pitfalls."""
 
+# options and parameters of these tests are dicts and tuples of mixed types, which the checker cannot follow
+# pyright: reportArgumentType=false
+
 import dataclasses
 import math
 
