@@ -55,6 +55,8 @@ class Options:
     seeds: tuple[int, ...] = (1, 2, 3)
     full: bool = False
     """SmolLM2 on HH pairs in (ii)."""
+    pairs: int = 3000
+    """Pairs of (ii) with --full, a third of them held out."""
     text_pairs: int = 1000
     """Pairs of (i)."""
     updates: int = 120
@@ -210,7 +212,7 @@ def main(options: Options) -> None:
     print(f"\n(i) {first['pairs']} pairs of {first['name']}, a fifth flipped; seeds {options.seeds}")
     print(f"reward model right on clean labels: {np.mean(first['accuracy']):.3f} of pairs")
     print(f"mean beta of clean over flipped pairs: {ratio:.3f}  ({', '.join(f'{r:.3f}' for r in first['ratio'])})")
-    world = _smollm2() if options.full else world
+    world = _smollm2(options) if options.full else world
     found = train(options, encoder, world, out)
     print(f"\n(ii) {world.name}; {len(world.train)} pairs, {len(world.held_out)} held out")
     print("\n".join(found["said"]))
@@ -264,14 +266,15 @@ def main(options: Options) -> None:
         )
 
 
-def _smollm2() -> World:
+def _smollm2(options: Options) -> World:
     """HH pairs of both kinds; labels of the held-out ones are the annotators' own."""
     root = Path(os.environ.get("PERTOKEN_DATA") or "nowhere")
     if not (root / "hh_helpful").is_dir():
         raise ValueError("--full reads HH pairs: let PERTOKEN_DATA name a folder with hh_helpful and hh_harmless")
     lm = load("smollm2")
     examples = [e for name in ("hh_helpful", "hh_harmless") for e in load_examples(root / name)[0]]
-    train, held = split_by_prompt(examples, test=0.35)
+    few = examples[:: -(-len(examples) // options.pairs)]
+    train, held = split_by_prompt(few, test=0.35)
     sides = [encode(some, lm, max_length=384)[0] for some in (train, held)]
     config = LoopConfig(lr=1e-5, batch_size=16)
     return World(

@@ -1,11 +1,13 @@
 """Acceptance figures of reward-augmented DPO: does the policy do what score it is asked for, and what does it unlearn?
 
 World: the 64-word sentiment language, preset "goals": half of the prompts on which its 2-layer LM was trained begin
-with "aim N :", N one of ten number words that the completions did not depend on. So the LM has seen the goal's words,
-and they mean nothing to it (the row of the start model shows that). The goal sentence is " aim {goal} :" before the
-prompt; the score is the sum of a completion's sentiment words, -4 to 4 mapped to 1 to 10 and rounded. Pairs are of
-bare prompts: the best of four samples against a random other one, as in the paper's preprocessing. Both arms make the
-same number of updates at the same rate and beta, so DPO sees each pair twice as often.
+with "aim N :", N one of ten number words that the completions repeat now and then but whose sentiment does not depend
+on it. So the LM reads the words, and they mean nothing of quality to it (the row of the start model shows that). The
+goal sentence is " aim {goal} :" before the prompt; the score is the sum of a completion's sentiment words, -4 to 4
+mapped to 1 to 10 and rounded. Pairs are of bare prompts: the best of four samples against a random other one, as in the
+paper's preprocessing. Both arms make the same number of updates at the same rate and beta, so DPO sees each pair twice
+as often. Rate and beta are the best of 5e-4, 1e-3, 2e-3 and 0.1, 0.3 for DPO, by accuracy on development pairs of
+training prompts.
 
     python examples/reward_augmented.py          three minutes, three seeds
     python examples/reward_augmented.py --full   SmolLM2 on film replies, scored by VADER (some hours on two cores)
@@ -15,6 +17,13 @@ Acceptance (specification), medians of three seeds: (1) controllability: Spearma
 model asked with the same sentence; (2) unlearning: mean change of the per-token log-prob (trained minus start model,
 each under the prompt it is used with: DPO bare, DPO-RA goal 10) of held-out rejected responses with r_l >= 7 and
 r_w > r_l, at least 30 % smaller in magnitude than DPO's, on at least 30 pairs.
+
+What was learned, on development pairs. (1) An LM that does not look at the goal learns it late or not at all: with
+number words that nothing depended on, 700 of 800 updates passed at a loss of log 2 before the correlation rose to 0.9;
+with words that it has learned to repeat, 60 updates do. (2) Unlearning is a matter of repetition: with 580 pairs (DPO
+sees each seven times) every response loses probability in both arms, good rejected ones under goal 10 about as much as
+under DPO (0.83 against 0.90 nats a token at the rate and beta used here); with 1,900 pairs, which is one epoch of their
+rows, as in the paper, they lose less than half. (3) Without any goal the policy stays near the start model.
 """
 
 from __future__ import annotations
@@ -39,7 +48,7 @@ from pertoken.core.run import completions_stats
 from pertoken.core.trace import Trace
 from pertoken.results import save_result
 from pertoken.train.dpo import DPO
-from pertoken.train.reward_augmented import Goal, RewardAugmented, Scoring
+from pertoken.train.reward_augmented import Goal, RewardAugmented
 from pertoken.worlds.experiment import group_of
 from pertoken.worlds.grammar import GRAMMARS, prompts, train_lm
 
@@ -53,6 +62,10 @@ class Options:
     seeds: tuple[int, ...] = (1, 2, 3)
     full: bool = False
     """SmolLM2 in the sentiment world instead of the small language."""
+    pairs: int = 300
+    """Prompts with --full, each of which gives at most one pair."""
+    prompts: int = 2100
+    """Prompts whose samples make the training pairs (about nine in ten do)."""
     updates: int = 240
     """Updates of both arms in the small language."""
     out: str = ""
@@ -144,7 +157,7 @@ def _of(group: Group) -> tuple[float, ...]:
 
 def run(world: World, options: Options, out: Path) -> dict[str, list[dict[str, Any]]]:
     """Figures of every arm, one a seed; those of the start model once."""
-    method = dataclasses.replace(world.method, scorer=None)  # the pairs carry their scores
+    method = world.method
     arms = [
         Arm(name="dpo", slug="dpo", objective=DPO(beta=method.beta, label_smoothing=method.label_smoothing)),
         Arm(name="dpo-ra", slug="reward-augmented", objective=method),
@@ -163,7 +176,7 @@ def run(world: World, options: Options, out: Path) -> dict[str, list[dict[str, A
 def main(options: Options) -> None:
     """Run it and print the table."""
     out = Path(options.out or tempfile.mkdtemp(prefix="reward-augmented-"))
-    world = _smollm2(out) if options.full else _grammar(options)
+    world = _smollm2(out, options) if options.full else _grammar(options)
     by_arm = run(world, options, out)
     median = {n: {k: float(np.median([f[k] for f in fs])) for k in fs[0]} for n, fs in by_arm.items()}
     print(f"\n{world.name}; {len(world.train)} pairs; medians of seeds {options.seeds}")
@@ -229,9 +242,8 @@ def _grammar(options: Options, held: str = "test") -> World:
     base = str(train_lm(grammar, seed=0))
     lm = load(base, device="cpu", attention="sdpa")
     method = RewardAugmented(
-        beta=0.1,
+        beta=0.3,
         goal=Goal(sentence=" aim {goal} :", separator="", place="user", decimals=0),
-        scoring=Scoring(worst=-4.0, best=4.0),
     )
 
     def score(text: str) -> float:
@@ -239,7 +251,7 @@ def _grammar(options: Options, held: str = "test") -> World:
 
     split = {side: [p for p in some if " aim " not in p] for side, some in prompts(grammar).items()}
     sides = {}
-    for number, (side, n) in enumerate((("train", 640), (held, 800))):
+    for number, (side, n) in enumerate((("train", options.prompts), (held, 800))):
         asked = [split[side][i % len(split[side])] for i in range(n)]
         drawn = sample(lm, asked, 4, Sampling(max_new_tokens=40), seed=number, batch=512)
         sides[number] = best_and_other(drawn, asked, score, number)
@@ -251,12 +263,12 @@ def _grammar(options: Options, held: str = "test") -> World:
         prompts=split[held][:60],
         score=score,
         method=method,
-        config=LoopConfig(lr=5e-4, batch_size=16, steps=options.updates),
+        config=LoopConfig(lr=2e-3, batch_size=16, steps=options.updates),
         sampling=Sampling(max_new_tokens=40, temperature=0.0),
     )
 
 
-def _smollm2(out: Path) -> World:
+def _smollm2(out: Path, options: Options) -> World:
     """300 pairs of film replies; the score is VADER's compound, mapped to 1 to 10 and rounded to one decimal."""
     from pertoken.core.record import read_json, write_json
     from pertoken.core.stages import Stages
@@ -268,7 +280,7 @@ def _smollm2(out: Path) -> World:
     score = lambda text: round(5.5 + 4.5 * compound(text), 1)
     split = sentiment.prompts()
     sides = {}
-    for number, (side, n) in enumerate((("train", 300), ("test", 150))):
+    for number, (side, n) in enumerate((("train", options.pairs), ("test", options.pairs))):
         asked = [sentiment.messages(split[side][i % len(split[side])]) for i in range(n)]
 
         def make(folder: Path, asked: Any = asked, number: int = number) -> None:
@@ -283,7 +295,7 @@ def _smollm2(out: Path) -> World:
         policy=lambda: load("smollm2"),
         train=sides["train"],
         held_out=sides["test"],
-        prompts=[sentiment.messages(p) for p in split["test"][:60]],
+        prompts=[sentiment.messages(p) for p in split["test"][: min(60, options.pairs)]],
         score=score,
         method=RewardAugmented(beta=0.1),
         config=LoopConfig(lr=1e-5, batch_size=8, steps=2 * -(-len(sides["train"]) // 8)),

@@ -175,6 +175,7 @@ _GOALS = _LEXICON64 | {
         "SIZE<any>": "NEUTRAL",
         **{f"SIZE<{n}>": f"2 {n} | 1 NEUTRAL" for n in _AIMS},
     },
+    "steps": 3000,  # after 1200 it still says number words without looking which one was asked for
 }
 
 PRESETS = {"reviews": _REVIEWS, "lexicon64": _LEXICON64, "slots45": _SLOTS45, "goals": _GOALS}
