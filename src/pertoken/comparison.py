@@ -330,6 +330,7 @@ def compare_train(
         sections=sections,
         summary=f"{len(groups)} training and {len(held_out)} held-out rows, {len(options.seeds)} seed(s), "
         f"{options.loop.total_steps(len(groups))} updates of the student each.",
+        baseline=UNTOUCHED,
     )
     return Comparison(outcomes, untouched, report_path)
 
