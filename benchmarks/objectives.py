@@ -101,6 +101,7 @@ class Side:
 
     def peak(self) -> int:
         """Bytes above weights, gradients and optimizer state, at most."""
+        self.optimizer.zero_grad(set_to_none=True)  # what was made before the profiler would be freed inside of it
         held = Profiled(self.gradients, "cpu")
         with held():
             self()

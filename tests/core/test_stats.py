@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pertoken.core.head import Head, describe, log_probs
+from pertoken.core.head import Head, describe, kl_divergence, log_probs
 from pertoken.core.lm import LM
 from pertoken.core.packing import pack
 from pertoken.core.stats import (
@@ -23,7 +23,6 @@ from pertoken.core.stats import (
     Stats,
     TokenStats,
     _default_chunk,
-    kl_divergence,
     masked_mean,
     masked_sum,
     token_stats,
@@ -300,6 +299,10 @@ def test_modules_that_are_not_there_or_do_not_run():
 
 # ---- several models
 
+JOINT = {
+    "j": lambda logits, ids: {"gap": (logits["policy"].softmax(-1) - logits["reference"].softmax(-1)).abs().sum(-1)}
+}
+
 
 def naive_kl(p: Tensor, q: Tensor) -> Tensor:
     return (p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum(-1)
@@ -320,6 +323,38 @@ def test_kl_and_its_gradient(name, kind):
     assert found.max() > 0.1 and (found >= 0).all()
     assert_grads(grads_of(lm, weighted(found)), grads_of(lm, weighted_rows(rows)))
     assert all(p.grad is None for p in reference.model.parameters())
+
+
+@pytest.mark.parametrize("name", ["untied", "tied", "bias"])
+def test_chunks_made_again_by_hand_or_by_checkpoint_agree(name):
+    """`trained` names the learner: one buffer for its head's gradient, and its chunks again in backward. Without it,
+    autograd's own checkpoints."""
+    lm, reference = model(name), model(name, 1)
+    assert Head(lm.causal).fused
+    kinds = frozenset({"logp", "entropy", "kl_forward:reference", "kl_reverse:reference"})
+    needs = Needs({"policy": kinds, "reference": frozenset({"logp"})}, JOINT)
+    found = []
+    for trained in ("policy", None):
+        with torch.no_grad() if trained is None else contextlib.nullcontext():
+            token_stats({"policy": lm, "reference": reference}, one_pack(), needs, 3, trained=trained)
+        for p in reference.model.parameters():
+            p.requires_grad_(False)
+        mine = token_stats({"policy": lm, "reference": reference}, one_pack(), needs, 3, trained=trained)["policy"]
+        learnt = [mine.logp_NT, *(mine.extra[k] for k in ("gap", "kl_forward:reference", "kl_reverse:reference"))]
+        assert not mine.extra["entropy"].requires_grad
+        found.append((learnt, grads_of(lm, torch.stack([weighted(v.double()) for v in learnt]).sum())))
+    for a, b in zip(found[0][0], found[1][0], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert_grads(found[0][1], found[1][1], 1e-9)
+
+
+def test_second_derivatives_are_refused_where_chunks_are_made_again_by_hand():
+    lm, reference = model("untied"), model("untied", 1)
+    needs = Needs({"policy": frozenset({"kl_forward:reference"}), "reference": frozenset()})
+    stats = token_stats({"policy": lm, "reference": reference}, one_pack(), needs, 3, trained="policy")["policy"]
+    loss = stats.extra["kl_forward:reference"].sum()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, list(lm.model.parameters()), create_graph=True, allow_unused=True)
 
 
 def alignment(logits: dict[str, Tensor], ids: Tensor) -> dict[str, Tensor]:
@@ -568,6 +603,7 @@ class Watch(TorchDispatchMode):
     def __init__(self, vocabulary: int):
         super().__init__()
         self.vocabulary, self.rows, self.largest = vocabulary, 0, 0
+        self.heads: dict[int, Tensor] = {}  # by place in memory, kept so that no place is used twice
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -579,6 +615,8 @@ class Watch(TorchDispatchMode):
     def see(self, tensor: Tensor) -> None:
         self.largest = max(self.largest, tensor.numel())
         weight = tensor.ndim == 2 and set(tensor.shape) == {self.vocabulary, _SIZES["hidden_size"]}
+        if weight:
+            self.heads[tensor.untyped_storage().data_ptr()] = tensor.detach()
         if self.vocabulary in tensor.shape and not weight:
             self.rows = max(self.rows, tensor.numel() // self.vocabulary)
 
@@ -604,11 +642,6 @@ def wide_pack():
         none: dict[str, Any] = {"prompt_pieces": (b"",) * 6, "completion_pieces": (b"",) * 9, "tokenizer": "t"}
         made.append([Trace(prompt_ids=prompt, completion_ids=ids, **none) for ids in answers])
     return pack(made, tree="always")[0]
-
-
-JOINT = {
-    "j": lambda logits, ids: {"gap": (logits["policy"].softmax(-1) - logits["reference"].softmax(-1)).abs().sum(-1)}
-}
 
 
 BETWEEN = frozenset({"logp", "entropy", "kl_forward:reference", "kl_reverse:reference"})
@@ -637,6 +670,19 @@ def test_no_tensor_is_tokens_by_vocabulary(needs):
     assert 0 < watch.rows <= CHUNK
     assert watch.largest <= max(CHUNK * WIDE, WIDE * _SIZES["hidden_size"])
     assert wide(0).causal.lm_head.weight.grad is not None
+
+
+def test_chunks_cost_no_tensor_of_the_head_each():
+    needs = Needs({"policy": BETWEEN, "reference": frozenset({"logp"})}, JOINT)
+    models, p, made = {"policy": wide(0), "reference": wide(1)}, wide_pack(), []
+    for chunk in (CHUNK, 1000):
+        with Watch(WIDE) as watch:
+            stats = token_stats(models, p, needs, chunk, trained="policy")["policy"]
+            sum(v.sum() for v in (stats.logp_NT, *stats.extra.values()) if v.requires_grad).backward()
+        made.append((len(watch.heads), watch.rows))
+    (many, rows), (one, whole) = made
+    assert rows <= CHUNK and whole >= 81
+    assert many == one, made
 
 
 def test_the_watch_sees():

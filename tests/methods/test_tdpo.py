@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from pertoken.core.head import kl_divergence
 from pertoken.core.lm import LM
 from pertoken.core.protocols import Batch
-from pertoken.core.stats import Stats, kl_divergence
+from pertoken.core.stats import Stats
 from pertoken.core.step import live_models
 from pertoken.train.dpo import DPO
 from pertoken.train.tdpo import KL, TDPO, tdpo_logits, tdpo_loss

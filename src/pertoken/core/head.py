@@ -53,7 +53,7 @@ class Head:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits in float32 or better, shape (..., V)."""
-        logits = _at_least_float32(self.module(hidden))
+        logits = at_least_float32(self.module(hidden))
         if self.scale != 1.0:
             logits = logits * self.scale
         return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
@@ -138,7 +138,7 @@ class _FusedLogProb(torch.autograd.Function):
     ):
         rows, sums, logp = [], [], hidden
         for h, i in zip(hidden.split(step), ids.split(step), strict=True):
-            logits = _at_least_float32(F.linear(h, weight, bias))
+            logits = at_least_float32(F.linear(h, weight, bias))
             sums.append(torch.logsumexp(logits, -1, keepdim=True))
             logp = logits.sub_(sums[-1])
             described = describe(logp, i, wants) if wants else {}
@@ -164,7 +164,7 @@ class _FusedLogProb(torch.autograd.Function):
             if n < len(chunks) - 1:
                 with torch.autocast(h.device.type, enabled=ctx.autocast[0], dtype=ctx.autocast[1]):  # as forward was
                     p = F.linear(h, weight, bias)
-                p = _at_least_float32(p).sub_(z).exp_()
+                p = at_least_float32(p).sub_(z).exp_()
             p = p.to(weight.dtype)
             if needs[0]:
                 d_hidden.append((g * (weight[i] - p @ weight)).to(h.dtype))
@@ -177,5 +177,6 @@ class _FusedLogProb(torch.autograd.Function):
         return torch.cat(d_hidden) if needs[0] else None, d_weight, d_bias, None, None, None
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
+    """The tensor, in float32 if it had less."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()

@@ -12,22 +12,20 @@ wants gradients through another function of the logits gives it as its `joint`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .capture import HOW, Captures
-from .head import DESCRIPTIVE, Head, describe, kl_divergence, log_probs
+from .head import DESCRIPTIVE, Head, log_probs
+from .joint import Joint, compare, joint_values
 from .packing import Pack
 
 if TYPE_CHECKING:
     from .lm import LM
-
-Joint = Callable[[dict[str, Tensor], Tensor], dict[str, Tensor]]
 
 PER_COMPLETION = ("hidden_prompt", "hidden_end")
 STATISTICS = ("logp", *DESCRIPTIVE, "hidden", "hidden_all", *PER_COMPLETION)
@@ -187,7 +185,7 @@ def token_stats(
         with lm.active() as causal, _gradients(learns):
             parts[name] = _Part(lm, Head(causal), learns)
             hidden[name], extras[name] = _forward(causal, pack, where, needs.stats[name])
-    chunked = _chunks(hidden, parts, pack.ids_NT[where], needs, chunk_tokens)
+    chunked = _chunks(hidden, parts, pack.ids_NT[where], needs, chunk_tokens, trained is not None)
     out = {}
     for name in needs.stats:
         values = (chunked[name] | extras[name]).items()
@@ -271,9 +269,15 @@ def _forward(causal: Any, pack: Pack, where_NT: Tensor, wants: frozenset[str]) -
 
 
 def _chunks(
-    hidden: dict[str, Tensor], parts: dict[str, _Part], ids_M: Tensor, needs: Needs, chunk_tokens: int | None
+    hidden: dict[str, Tensor],
+    parts: dict[str, _Part],
+    ids_M: Tensor,
+    needs: Needs,
+    chunk_tokens: int | None,
+    once: bool,
 ) -> dict[str, dict[str, Tensor]]:
-    """Everything that needs logits, chunk after chunk. Values by model name and statistic, shape (M,)."""
+    """Everything that needs logits, chunk after chunk. Values by model name and statistic, shape (M,). `once`: a single
+    model is trained, and nobody asks for second derivatives."""
     names = list(needs.stats)
     compared = {name: {w.partition(":")[2] for w in needs.stats[name] if w.startswith("kl_")} for name in names}
     others = set().union(*compared.values())
@@ -294,48 +298,22 @@ def _chunks(
     sizes = {n: parts[n].head.vocabulary for n in together}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"distributions over vocabularies of different sizes cannot be compared: {sizes}")
-    step = chunk_tokens or max(1, min(_default_chunk(parts[n].head) for n in together) // len(together))
-    keys: list[tuple[str, str]] = []
-
-    def chunk(ids: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
-        logits = {}
-        for n, h in zip(together, states, strict=True):
-            with parts[n].ready():
-                logits[n] = parts[n].head(h)
-        values = _together(logits, ids, needs)
-        keys[:] = values
-        return tuple(values.values())
-
-    rows = []
-    for ids, *states in zip(ids_M.split(step), *(hidden[n].split(step) for n in together), strict=True):
-        again = torch.is_grad_enabled()
-        rows.append(checkpoint(chunk, ids, *states, use_reentrant=False) if again else chunk(ids, *states))
-    for k, (name, key) in enumerate(keys):
-        value = torch.cat([row[k] for row in rows])
+    # about as many buffers exist together as a single model's log-probs need
+    step = chunk_tokens or max(16, min(_default_chunk(parts[n].head) for n in together) // (2 * len(together)))
+    learners = [n for n in together if parts[n].learns]
+    values = joint_values(
+        {n: hidden[n] for n in together},
+        {n: parts[n].head for n in together},
+        {n: parts[n].ready for n in together},
+        ids_M,
+        lambda logits, ids: compare(logits, ids, needs.stats, needs.joints, STATISTICS),
+        step,
+        learners[0] if once and len(learners) == 1 else None,
+    )
+    for (name, key), value in values.items():
         for n in [name] if name else names:
             out[n][key] = value
     return out
-
-
-def _together(logits: dict[str, Tensor], ids: Tensor, needs: Needs) -> dict[tuple[str, str], Tensor]:
-    """Statistics of one chunk of several models: logits (chunk, V) each. Those of joints belong to no single model."""
-    values: dict[tuple[str, str], Tensor] = {}
-    logps = {n: torch.log_softmax(x, -1) for n, x in logits.items()}
-    for n, logp in logps.items():
-        values[n, "logp"] = logp.gather(-1, ids[:, None])[:, 0]
-        with torch.no_grad():
-            described = describe(logp, ids, tuple(sorted(needs.stats[n] & set(DESCRIPTIVE))))
-        values |= {(n, key): value for key, value in described.items()}
-        for want in sorted(w for w in needs.stats[n] if w.startswith("kl_")):
-            direction, _, other = want.partition(":")
-            p, q = (logps[other], logp) if direction == "kl_forward" else (logp, logps[other])
-            values[n, want] = kl_divergence(p, q)
-    for name, joint in needs.joints.items():
-        for key, value in joint(logits, ids).items():
-            if key in STATISTICS or ("", key) in values:
-                raise ValueError(f"{name} calls a statistic {key!r}, which exists already; give it a name of its own")
-            values["", key] = value
-    return values
 
 
 def _default_chunk(head: Head) -> int:
