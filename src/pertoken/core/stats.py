@@ -298,8 +298,8 @@ def _chunks(
     sizes = {n: parts[n].head.vocabulary for n in together}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"distributions over vocabularies of different sizes cannot be compared: {sizes}")
-    # about as many buffers exist together as a single model's log-probs need
-    step = chunk_tokens or max(16, min(_default_chunk(parts[n].head) for n in together) // (2 * len(together)))
+    # A divergence and its gradient hold some four buffers a model at once, a single model's log-probs only one.
+    step = chunk_tokens or max(32, min(_default_chunk(parts[n].head) for n in together) // (4 * len(together)))
     learners = [n for n in together if parts[n].learns]
     values = joint_values(
         {n: hidden[n] for n in together},
