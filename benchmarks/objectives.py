@@ -86,6 +86,9 @@ class Side:
                 mask[k, : len(trace)] = trace.mask
             columns = make(np.random.default_rng((seed, group.example.row)), torch.from_numpy(mask))
             for name, rows in columns.items():
+                if not rows.ndim:
+                    out.add_column(name, float(rows))
+                    continue
                 entries = [np.asarray(row) for row in rows]
                 whole = [e[: len(t)] if e.ndim else float(e) for e, t in zip(entries, group.traces, strict=True)]
                 out.add_column(name, whole)
