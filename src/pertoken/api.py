@@ -18,11 +18,12 @@ from .core.credit import Credit
 from .core.data import DataReport, Example, Group, as_kind, encode, load_examples, split_by_prompt
 from .core.lm import LM, load
 from .core.loop import LoopConfig
+from .core.rewarding import with_row
 from .core.run import Run
 from .core.trace import Trace
 
 Say = Callable[[str], None]
-_KINDS = {"pairs": "pair", "unpaired": "unpaired", "sft": "sft"}
+_KINDS = {"pairs": "pair", "unpaired": "unpaired", "sft": "sft", "prompts": "prompt"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +213,7 @@ def score_rows(
 ) -> tuple[list[list[Credit]], list[Trace], DataReport]:
     """Credit of each scorer on every response of some rows: (credits by scorer, traces, report)."""
     groups, report = encode(list(examples), lm, system=system)
-    traces = [dataclasses.replace(t, meta={**t.meta, "prompt": g.example.prompt}) for g in groups for t in g.traces]
+    traces = [with_row(g, t) for g in groups for t in g.traces]
     return [s.score(traces) for s in scorers], traces, report
 
 

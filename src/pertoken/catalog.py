@@ -57,7 +57,8 @@ class Method:
 
 
 def _baseline(slug: str, title: str, paper: str, **fields: Any) -> Method:
-    attribute = {"sft": "SFT", "dpo": "DPO", "ipo": "IPO", "simpo": "SimPO", "orpo": "ORPO", "kto": "KTO"}[slug]
+    names = {"sft": "SFT", "dpo": "DPO", "ipo": "IPO", "simpo": "SimPO", "orpo": "ORPO", "kto": "KTO"}
+    attribute = names.get(slug, slug.upper())
     path = f"pertoken.train.{slug}:{attribute}"
     return Method(slug, "train", path, title, system=slug, paper=paper, paper_row=False, **fields)
 
@@ -78,6 +79,16 @@ _ROWS = (
         models=("reference",),
         batch_coupled=True,
         version=2,
+    ),
+    *(
+        _baseline(
+            slug, title, paper, family="reinforcement", level="token", data="prompts", models=models, stochastic=True
+        )
+        for slug, title, paper, models in (
+            ("ppo", "Proximal Policy Optimization with a critic and a KL penalty", "1707.06347", ("reference",)),
+            ("grpo", "Group Relative Policy Optimization (and Dr. GRPO, DAPO, GSPO, CISPO)", "2402.03300", ()),
+            ("rloo", "REINFORCE leave-one-out, and REINFORCE++", "2402.14740", ("reference",)),
+        )
     ),
     Method(
         "t-reg",

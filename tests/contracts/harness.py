@@ -27,7 +27,7 @@ from pertoken.core.trace import Trace
 from tests import tiny
 from tests.methods.one_pass import exact_lm
 
-KINDS = {"pairs": "pair", "unpaired": "unpaired", "sft": "sft"}
+KINDS = {"pairs": "pair", "unpaired": "unpaired", "sft": "sft", "prompts": "prompt"}
 _ONE_PACK = Cost(linear=1.0, attention=0.0, launch=1e12)  # another forward is never worth it
 
 
@@ -173,14 +173,15 @@ def make_groups(
     """
     kind = KINDS[objective.data]
     k = 2 if kind == "pair" else 1
-    said = [list(traces) for traces in completions or tiny.groups(model("policy"), n=n, k=k, seed=seed)]
+    drawn = [list(traces) for traces in completions or tiny.groups(model("policy"), n=n, k=k, seed=seed)]
     if completions is None:
-        longest = max(said, key=lambda traces: len(traces[0]))
+        longest = max(drawn, key=lambda traces: len(traces[0]))
         longest[0] = dataclasses.replace(longest[0], emitted=tuple(t % 2 == 0 for t in range(len(longest[0]))))
     groups = []
-    for row, traces in enumerate(said):
+    for row, traces in enumerate(drawn):
         label = row % 2 == 0 if kind == "unpaired" else None
-        example = Example(prompt="?", responses=("!",) * k, kind=kind, label=label, row=row)
+        said = () if kind == "prompt" else ("!",) * k
+        example = Example(prompt="?", responses=said, kind=kind, label=label, row=row)
         groups.append(Group(example=example, prompt_ids=traces[0].prompt_ids, traces=tuple(traces)))
     if getattr(objective, "mismatched", False):
         groups = with_mismatched(groups)

@@ -120,6 +120,7 @@ def test_metrics_are_sums_and_counts_under_trls_names(row):
         "pairs": sides | {"rewards/margins", "rewards/accuracies"},
         "unpaired": sides,
         "sft": {"mean_token_accuracy"},
+        "prompts": {"clip_ratio/low_mean", "clip_ratio/high_mean"},
     }
     assert wanted[objective.data] <= metrics.keys()
     assert all(re.fullmatch(r"[a-z][a-z0-9_]*(/[a-z][a-z0-9_]*)?", name) for name in metrics)
@@ -161,7 +162,8 @@ def test_row_and_objective_agree(row):
     objective = variants(row)[0]
     assert objective.data == row.data and row.data in KINDS
     assert set(objective.models) == set(row.models)
-    assert set(objective.stats) == {"policy", *objective.models}
+    wanted = {*objective.stats, *getattr(objective, "experience", ())}  # of rollouts, before the updates
+    assert wanted == {"policy", *objective.models}
     assert getattr(objective, "batch_coupled", False) == row.batch_coupled
     assert about(row.slug) is row
 

@@ -32,6 +32,10 @@ _REDUCE: dict[str, Callable[[np.ndarray], float]] = {
 }
 
 
+class NotFinite(ValueError):
+    """A value that is NaN or infinite."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Credit:
     """One value a token of a trace.
@@ -47,7 +51,7 @@ class Credit:
         meta: provenance and named parts (JSON values).
 
     Raises:
-        ValueError: unknown kind, level or over; a wrong number of values; values that are not finite.
+        ValueError: unknown kind, level or over; a wrong number of values; values that are not finite (`NotFinite`).
     """
 
     trace: Trace
@@ -71,7 +75,7 @@ class Credit:
             raise ValueError(f"credit of shape {values.shape} on {tokens} {self.over} tokens; give one value a token")
         if not np.isfinite(values).all():
             where = int(np.flatnonzero(~np.isfinite(values))[0])
-            raise ValueError(f"credit is {values[where]} at {self.over} token {where}; score it with finite values")
+            raise NotFinite(f"credit is {values[where]} at {self.over} token {where}; score it with finite values")
 
     @classmethod
     def of_sequence(cls, trace: Trace, value: float, **options: Any) -> Credit:

@@ -7,7 +7,6 @@ batch cut into any number of packs, over any number of processes, gives the same
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -22,6 +21,7 @@ from torch import nn
 
 from .checkpoint import RESULT, checkpoints, load_checkpoint, refuse_old_run, refuse_other_run, save_checkpoint
 from .data import batches
+from .progress import bar, tracking
 from .record import write_json
 
 
@@ -128,7 +128,8 @@ class StepResult:
 
 
 class Step(Protocol):
-    """What the loop trains."""
+    """What the loop trains. An attribute ``updates_per_batch`` says that it wants the same rows for so many updates
+    (rollouts that are learned from several times)."""
 
     size: int
 
@@ -179,7 +180,8 @@ def fit(
     accelerator = accelerator or make_accelerator(config, out)
     main = accelerator.is_main_process
     torch.manual_seed(config.seed + accelerator.process_index)
-    total, per_epoch = config.total_steps(step.size), math.ceil(step.size / config.batch_size)
+    per_epoch, each = math.ceil(step.size / config.batch_size), getattr(step, "updates_per_batch", 1)
+    total = config.total_steps(step.size) * (1 if config.steps is not None else each)
     if total and not step.size:
         raise ValueError("there is not one example to train on; give data")
     same = {"config": config.trajectory(), **(meta or {})}
@@ -191,12 +193,13 @@ def fit(
         out.mkdir(parents=True, exist_ok=True)
         _rewrite_log(out, history)
     order: list[list[int]] = []
-    with _tracking(accelerator, config, same) as track, _bar(total, done, progress and main) as tick:
+    with tracking(accelerator, config.tracker, same) as track, bar(total, done, progress and main) as tick:
         while done < total:
             started = time.perf_counter()
-            if not order or done % per_epoch == 0:
-                order = batches(step.size, config.batch_size, seed=config.seed, epoch=done // per_epoch)
-            rows = order[done % per_epoch]
+            epoch, place = divmod(done // each, per_epoch)
+            if not order or (place == 0 and done % each == 0):
+                order = batches(step.size, config.batch_size, seed=config.seed, epoch=epoch)
+            rows = order[place]
             optimizer.zero_grad(set_to_none=True)
             local = step.run(rows[accelerator.process_index :: accelerator.num_processes], train=True)
             result = _all_processes(local, accelerator)
@@ -223,7 +226,13 @@ def fit(
                     log.write(json.dumps(record) + "\n")
             track(record)
             tick(record)
-            if done == total or (config.save_every and done % config.save_every == 0):
+            # between two batches only: what a step keeps of the batch that it is in is not saved
+            due = (
+                config.save_every
+                and done % each == 0
+                and done // config.save_every > (done - each) // config.save_every
+            )
+            if done == total or due:
                 save_checkpoint(out, done, step.modules, optimizer, same, keep=config.keep, write=main)
                 accelerator.wait_for_everyone()
     return history
@@ -345,56 +354,6 @@ def _all_processes(local: StepResult, accelerator: Any) -> StepResult:
     for part in gather_object([local]):
         joined.add(part)
     return joined
-
-
-@contextlib.contextmanager
-def _tracking(accelerator: Any, config: LoopConfig, same: Mapping[str, Any]):
-    """Yields a function that is called with each record; the tracker is closed however the run ends."""
-    if config.tracker == "none":
-        yield lambda record: None
-        return
-    accelerator.init_trackers("pertoken", config=_flat(same))
-    try:
-        yield lambda record: accelerator.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
-    finally:
-        for tracker in accelerator.trackers:  # not end_training: it ends the process group, too
-            tracker.finish()
-
-
-@contextlib.contextmanager
-def _bar(total: int, done: int, show: bool):
-    """A progress bar with the remaining time; yields a function that is called after each update."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[figures]}"), disable=not show, transient=True) as bar:
-        task = bar.add_task("train", total=total, completed=done, figures="")
-
-        def tick(record: Mapping[str, float]) -> None:
-            shown = [f"loss {record['loss']:.4f}"]
-            if "rewards/accuracies" in record:
-                shown.append(f"accuracy {record['rewards/accuracies']:.2f}")
-            bar.update(task, advance=1, figures="  ".join(shown))
-
-        yield tick
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested options as the flat names and plain values that trackers take."""
-    out: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            out |= _flat(value, f"{prefix}{key}/")
-        else:
-            out[prefix + key] = value if isinstance(value, (int, float, str, bool)) else str(value)
-    return out
 
 
 __all__ = ["RESULT", "LoopConfig", "Step", "StepResult", "fit", "make_accelerator", "refuse_old_run", "write_json"]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from .advantage import Advantages
     from .data import Group
     from .lm import LM
     from .loop import LoopConfig
@@ -86,7 +87,7 @@ class Scorer(Protocol):
 class Objective(Protocol):
     """A training objective: frozen keyword-only options, pure methods. See `Needs` for what `stats` may ask.
 
-    ``data`` is ``pairs``, ``unpaired`` or ``sft``; ``models`` names the models besides the policy.
+    ``data`` is ``pairs``, ``unpaired``, ``sft`` or ``prompts``; ``models`` names the models besides the policy.
     Some methods are optional: ``token_stats(logits, ids)`` mixes several full distributions inside the chunk;
     ``prepare(run)`` runs stages once before training and returns nothing: it adds columns to ``run.groups``, or other
     groups in their place (all of one shape: pairs, or one completion each), and gives models (``run.give``).
@@ -95,6 +96,7 @@ class Objective(Protocol):
     mode while the policy is trained. Its ``lr_factor`` multiplies the rate, or ``parameter_groups()`` names groups of
     its own. An attribute ``rollout`` (`rollout.Sampling`) has each training batch answered by the policy as it is then,
     one sampled completion a prompt, in place of the data's responses (draws depend on the number of processes).
+    An attribute ``rollouts`` makes it one that learns from rewards: see `experience.Reinforced`.
     """
 
     data: str
@@ -167,16 +169,30 @@ class Preparation(Protocol):
         """Begin training from the weights of `lm`, which are the reference too: the next round of a method."""
         ...
 
+    def reward_by(self, scorers: Mapping[str, Scorer], weights: Mapping[str, float] | None = None) -> None:
+        """Score rollouts by these scorers (weighted, default 1), whatever the objective's options name."""
+        ...
+
     def report(self, line: str) -> None:
         """A line for whoever watches the run: what preparation found, in words."""
         ...
 
 
 class Advantage(Protocol):
-    """Rewards to advantages."""
+    """Rewards to advantages (`advantage` has GAE, group-normalised, leave-one-out...)."""
 
-    def compute(self, rewards_NT: Tensor, values_NT: Tensor | None, groups_N: Tensor, mask_NT: Tensor) -> Tensor:
-        """Advantages (N, T)."""
+    def compute(self, rewards_NT: Tensor, values_NT: Tensor | None, groups_N: Tensor, mask_NT: Tensor) -> Advantages:
+        """Advantages (N, T), and what a critic learns, if there is one. `groups_N`: which prompt a completion
+        answers."""
+        ...
+
+
+class Segmenter(Protocol):
+    """Cuts a completion into macro actions, sentences, steps: the index of the first token of each piece."""
+
+    def __call__(self, trace: Trace, logps: np.ndarray | None = None) -> Sequence[int]:
+        """Strictly increasing indices, the first of them 0; nothing for an empty completion. `logps`: (T,), for
+        those that look at them (which model's, the method says)."""
         ...
 
 

@@ -28,6 +28,8 @@ from .lm import LM, load, same_vocabulary
 from .loop import RESULT, LoopConfig, fit, make_accelerator, refuse_old_run
 from .protocols import Scorer, token_columns
 from .record import data_hash, provenance, read_json, write_json
+from .rewarding import Rewarder, make_rewarder, with_row
+from .rollout_step import RolloutStep
 from .stages import Stages, load_ragged, save_ragged
 from .step import ObjectiveStep, live_models, recomputed_layers, with_mismatched
 
@@ -69,6 +71,7 @@ class Run:
         self.stages = Stages(self.stage_folder or self.out / "stages", self.say)
         self._reference: LM | None = None
         self._made: list[tuple[Scorer, int]] = []  # scorers, and the versions of their methods
+        self._rewarder: Rewarder | None = None
         self.notes: list[str] = []
         self.updates = 0  # of this run and of its helper models
         for lm in self.given.values():
@@ -113,11 +116,7 @@ class Run:
         groups = self.every
 
         def make(folder: Path) -> None:
-            traces = [
-                t if "prompt" in t.meta else dataclasses.replace(t, meta={**t.meta, "prompt": g.example.prompt})
-                for g in groups
-                for t in g.traces
-            ]
+            traces = [t if "prompt" in t.meta else with_row(g, t) for g in groups for t in g.traces]
             save_ragged(folder / "values.npz", token_columns(scorer.score(traces)))
 
         version = next((v for made, v in self._made if made is scorer), 1)
@@ -211,6 +210,10 @@ class Run:
         self.policy.changed()
         self._reference = None
 
+    def reward_by(self, scorers: Mapping[str, Scorer], weights: Mapping[str, float] | None = None) -> None:
+        """See `protocols.Preparation`: what rollouts are scored by, in the place of the objective's own options."""
+        self._rewarder = Rewarder(scorers, weights, self.objective.rollouts.on_error)
+
     def stage(self, name: str, inputs: Mapping[str, Any], make: Callable[[Path], None], together: bool = False) -> Path:
         """See `protocols.Preparation`: the main process makes it; the others wait, or train `together` with it."""
         from accelerate import PartialState
@@ -272,7 +275,8 @@ class Run:
         prepare = getattr(self.objective, "prepare", None)
         if prepare is not None:
             prepare(self)
-        without = [g.example.row for g in self.held_out if not g.traces]
+        reinforced = hasattr(self.objective, "rollouts")
+        without = [g.example.row for g in self.held_out if not g.traces and not reinforced]
         if without:
             self.report(f"{len(without)} held-out prompts (row {without[0]} first) have no response to evaluate")
             self.held_out = [g for g in self.held_out if g.traces]
@@ -280,7 +284,7 @@ class Run:
         missing = [name for name in live if name != "reference" and name not in self.given]
         if missing:
             raise ValueError(f"{self.slug} needs a model {missing[0]!r}; pass it in given={{{missing[0]!r}: lm}}")
-        if "reference" in wants and "reference" not in live:
+        if "reference" in wants and "reference" not in live and not reinforced:
             lm = self.given.get("reference") or (self._reference or self.policy.as_reference())
             with accelerator.autocast():  # as the policy is computed: untrained, both agree to the bit
                 if processes > 1:  # each computes a share, then reads the others' from the cache
@@ -289,16 +293,17 @@ class Run:
                 add_reference_logps(self.every, lm, self.cache, self.say)
         others = {name: self.reference if name == "reference" else self.given[name] for name in live}
         torch.manual_seed(self.config.seed)  # the objective's own module begins alike in every run and process
-        step = ObjectiveStep(
-            self.objective,
-            self.policy,
-            self.groups,
-            held_out=self.held_out,
-            others=others,
-            accelerator=accelerator,
-            max_tokens=self.pack_tokens,
-            tree=self.tree,
-        )
+        layout: dict[str, Any] = {"accelerator": accelerator, "max_tokens": self.pack_tokens, "tree": self.tree}
+        if reinforced:
+            o = self.objective
+            rewarder = self._rewarder or make_rewarder(o.reward, o.scorer, self.scorer, o.rollouts.on_error)
+            told = {"out": self.out, "say": self.report if main else None}
+            given = {"held_out": self.held_out, "models": others, **layout, **told}
+            step: ObjectiveStep = RolloutStep(o, self.policy, self.groups, rewarder=rewarder, **given)
+        else:
+            step = ObjectiveStep(
+                self.objective, self.policy, self.groups, held_out=self.held_out, others=others, **layout
+            )
         again = self.config.gradient_checkpointing
         with recomputed_layers(self.policy.causal) if again else contextlib.nullcontext():
             history = fit(

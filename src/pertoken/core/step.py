@@ -40,6 +40,8 @@ def needs_of(objective: Any) -> Needs:
 def live_models(objective: Any) -> tuple[str, ...]:
     """Models that must run beside the policy: all but a reference of which only log-probs are wanted (those are
     computed once and cached)."""
+    if hasattr(objective, "experience"):  # all speak of fresh rollouts
+        return tuple(name for name in objective.experience if name != "policy")
     wanted = objective.stats
     whole = {w.partition(":")[2] for w in wanted["policy"] if w.startswith("kl_")}
     fresh = hasattr(objective, "token_stats") or getattr(objective, "rollout", None) is not None
@@ -154,7 +156,7 @@ class ObjectiveStep:
         self.state: nn.Module | None = make_state(policy.causal.config) if make_state else None
         self.inner = TokenStats(policy)
         self.accelerator = accelerator
-        if self.sampling is not None and _is_sharded(accelerator):
+        if self.sampling is not None and is_sharded(accelerator):
             raise ValueError("sampling from sharded weights is not supported; launch with configs/ddp.yaml")
         self.module = self.inner if accelerator is None else _prepared(self.inner, policy.causal, accelerator)
         self.modules: dict[str, nn.Module] = {"policy": policy.model}
@@ -209,13 +211,13 @@ class ObjectiveStep:
             result.add(part)
         if train:
             self._share_state_gradients()
-        if _is_sharded(self.accelerator):  # a forward without backward leaves some parameters gathered
+        if is_sharded(self.accelerator):  # a forward without backward leaves some parameters gathered
             self.module.reshard()  # type: ignore[operator]
         return result
 
     def _idle(self, packs: int) -> int:
         """Forwards without weight to add: where parameters are sharded, all processes must compute equally many."""
-        if not _is_sharded(self.accelerator):
+        if not is_sharded(self.accelerator):
             return 0
         from accelerate.utils import gather_object
 
@@ -233,7 +235,7 @@ class ObjectiveStep:
     def _bad_rows(self, groups: Sequence[Group]) -> tuple[int, ...]:
         """Rows whose loss is not finite alone: in a pack, one that is not finite spoils those beside it."""
         rows = tuple(g.example.row for g in groups)
-        if _is_sharded(self.accelerator):
+        if is_sharded(self.accelerator):
             return rows
         bad, state = [], copy.deepcopy(self.state)
         if state is not None:
@@ -252,7 +254,7 @@ class ObjectiveStep:
     ) -> tuple[dict[str, Stats], list[tuple[int, int]]]:
         parts = [module(p, self.live_needs, self.others, self.chunk_tokens) for p in packs]
         order = [o for p in packs for o in p.order]
-        stats = {name: _join([part[name] for part in parts]) for name in parts[0]}
+        stats = {name: join_stats([part[name] for part in parts]) for name in parts[0]}
         if "reference" in self.needs.stats and "reference" not in stats:
             like = stats["policy"]
             columns = [_reference_column(groups, g, k) for g, k in order]
@@ -291,7 +293,7 @@ class ObjectiveStep:
 
 def _prepared(module: nn.Module, causal: Any, accelerator: Any) -> nn.Module:
     """The module as accelerate trains it: data parallel, sharded, in mixed precision."""
-    if not _is_sharded(accelerator):  # a single process trains where the model lies
+    if not is_sharded(accelerator):  # a single process trains where the model lies
         return accelerator.prepare_model(module, device_placement=accelerator.num_processes > 1)
     for name in ("_no_split_modules", "tie_weights"):  # what accelerate asks a transformers model for
         setattr(module, name, getattr(causal, name))
@@ -300,7 +302,8 @@ def _prepared(module: nn.Module, causal: Any, accelerator: Any) -> nn.Module:
     return accelerator.prepare(module, torch.optim.SGD(trained, lr=0.0))[0]
 
 
-def _is_sharded(accelerator: Any) -> bool:
+def is_sharded(accelerator: Any) -> bool:
+    """Whether parameters are sharded over processes (FSDP2)."""
     return accelerator is not None and accelerator.is_fsdp2
 
 
@@ -322,7 +325,7 @@ def _padded(arrays: Sequence[np.ndarray], like: Tensor) -> Tensor:
     return torch.from_numpy(out).to(like.device, like.dtype)
 
 
-def _join(parts: list[Stats]) -> Stats:
+def join_stats(parts: list[Stats]) -> Stats:
     """Statistics of several packs as one, padded to the longest."""
     if len(parts) == 1:
         return parts[0]
