@@ -3,7 +3,7 @@
 Both train a copy of the same weights on the same ids with the same advantages: TRL's `compute_loss` (loss_type bnpo:
 the mean over tokens; beta 0) on its padded batch, backward, clipping at norm 1, fused AdamW; ours as `loop.fit` runs
 it, the prompt computed once. TRL takes the whole group at once or half of it with accumulation, whichever a pilot at
-the first point finds faster. Lengths are equal, so that TRL pads nothing: with lengths that differ it would do more work, we would not.
+the first point finds faster. Lengths are equal, so that TRL pads nothing: with others it would do more, we would not.
 Losses and gradient norms are compared at every step.
 
 Then: tokens a second of our rollouts against transformers' `generate` on the same prompt (G samples, same length), and
