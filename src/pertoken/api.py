@@ -19,6 +19,7 @@ from .core.data import DataReport, Example, Group, as_kind, encode, load_example
 from .core.lm import LM, load
 from .core.loop import LoopConfig
 from .core.rewarding import with_row
+from .core.rollout import sample
 from .core.run import Run
 from .core.trace import Trace
 
@@ -58,6 +59,8 @@ class TrainOptions:
     """Rank of a LoRA adapter (default: all weights are trained)."""
     pack_tokens: int = 4096
     """Most positions of one forward."""
+    generator: str = "pertoken"
+    """What draws rollouts, for methods that learn from rewards: pertoken or vllm (its engine, in this process)."""
     resume: bool = False
     """Continue the run in out."""
     loop: LoopConfig = field(default_factory=LoopConfig)
@@ -169,6 +172,7 @@ def align(
     lm = load(options.model, dtype=options.dtype, lora=options.lora, template=options.template)
     groups, held_out, report = training_data(objective.data, options, lm, say)
     given = {"reference": load(options.reference, dtype=options.dtype)} if options.reference else {}
+    generate = make_generator(options.generator, options.model)
     run = Run(
         slug=method,
         objective=objective,
@@ -184,9 +188,25 @@ def align(
         cache=ArrayCache(),
         say=say,
         progress=progress,
+        generate=generate,
     )
     run.notes += list(report.lines())
     return run.go(resume=options.resume)
+
+
+def make_generator(name: str, model: str) -> Any:
+    """What draws rollouts.
+
+    Raises:
+        ValueError: an unknown name. ImportError: vLLM is not installed.
+    """
+    if name == "pertoken":
+        return sample
+    if name != "vllm":
+        raise ValueError(f"generator={name!r} is not one of pertoken, vllm")
+    from .adapters.vllm import VLLMGenerator
+
+    return VLLMGenerator(model)
 
 
 def make_scorer(method: str, lm: LM | None = None, reference: LM | None = None, **options: Any) -> Any:

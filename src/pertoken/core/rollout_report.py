@@ -36,9 +36,11 @@ def reward_metrics(traces: Sequence[Trace], rewarded: Rewarded) -> Figures:
 
 def experience_metrics(experience: Experience) -> Figures:
     """Groups whose rewards are all equal, KL to the reference (log-ratio summed over a sequence), entropy a token."""
-    flat_N = zero_variance(masked_sum(experience.reward_NT, experience.mask_NT), experience.groups_N)
-    flat, prompts = (float(g.unique().numel()) for g in (experience.groups_N[flat_N], experience.groups_N))
-    out: Figures = {"frac_reward_zero_std": (flat, prompts)}
+    out: Figures = {}
+    if len(experience.groups_N) > experience.groups_N.unique().numel():  # else nothing is compared
+        flat_N = zero_variance(masked_sum(experience.reward_NT, experience.mask_NT), experience.groups_N)
+        flat, prompts = (float(g.unique().numel()) for g in (experience.groups_N[flat_N], experience.groups_N))
+        out["frac_reward_zero_std"] = (flat, prompts)
     stats = experience.stats
     if {"policy", "reference"} <= stats.keys():
         kl_N = masked_sum(experience.log_ratio(), experience.mask_NT)
@@ -57,7 +59,7 @@ def why_zero(experience: Experience, found: Advantages, options: Rollouts) -> li
     elif not found.advantage_NT.any():
         scores_N = masked_sum(experience.reward_NT, experience.mask_NT)
         row = experience.groups[0].example.row
-        equal = bool(zero_variance(scores_N, experience.groups_N).all())
+        equal = options.generations > 1 and bool(zero_variance(scores_N, experience.groups_N).all())
         hint = "every advantage is 0" + (
             f": the completions of each prompt have equal rewards (those of row {row}: {float(scores_N[0]):g}). Give a "
             "reward that grades, a higher temperature, more generations, or prompts of another difficulty"

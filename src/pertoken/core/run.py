@@ -29,7 +29,8 @@ from .loop import RESULT, LoopConfig, fit, make_accelerator, refuse_old_run
 from .protocols import Scorer, token_columns
 from .record import data_hash, provenance, read_json, write_json
 from .rewarding import Rewarder, make_rewarder, with_row
-from .rollout_step import RolloutStep
+from .rollout import sample
+from .rollout_step import Generate, RolloutStep
 from .stages import Stages, load_ragged, save_ragged
 from .step import ObjectiveStep, live_models, recomputed_layers, with_mismatched
 
@@ -47,6 +48,7 @@ class Run:
         groups, held_out: encoded data; `every` is both.
         config: the loop's options. out: the run's folder. resolve: slug -> options class.
         cache: of reference log-probs. say: told lines for the user.
+        generate: what draws rollouts.
     """
 
     slug: str
@@ -65,6 +67,7 @@ class Run:
     say: Say = lambda line: None
     progress: bool = True
     stage_folder: Path | None = None
+    generate: Generate = sample
 
     def __post_init__(self) -> None:
         self.out = Path(self.out)
@@ -298,7 +301,7 @@ class Run:
             o = self.objective
             rewarder = self._rewarder or make_rewarder(o.reward, o.scorer, self.scorer, o.rollouts.on_error)
             told = {"out": self.out, "say": self.report if main else None}
-            given = {"held_out": self.held_out, "models": others, **layout, **told}
+            given = {"held_out": self.held_out, "models": others, "generate": self.generate, **layout, **told}
             step: ObjectiveStep = RolloutStep(o, self.policy, self.groups, rewarder=rewarder, **given)
         else:
             step = ObjectiveStep(

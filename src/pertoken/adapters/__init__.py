@@ -1,0 +1,1 @@
+"""A method out into other libraries: TRL's and verl's trainers."""
