@@ -273,6 +273,16 @@ _ROWS = (
         stochastic=True,
     ),
     Method(
+        "toolrl",
+        "score",
+        "pertoken.score.toolrl:ToolRL",
+        "Tool calls against gold ones: format, names, parameters and values, on the tokens that earned them",
+        system="toolrl",
+        paper="2504.13958",
+        family="reward",
+        level="token",
+    ),
+    Method(
         "vader",
         "score",
         "pertoken.score.vader:Vader",

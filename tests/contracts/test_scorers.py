@@ -1,5 +1,6 @@
 """What every token-level scorer of the catalog keeps. A new row is tested without writing a test."""
 
+import dataclasses
 import importlib.util
 import json
 
@@ -9,7 +10,7 @@ import pytest
 from pertoken.catalog import method, methods
 from pertoken.core.credit import EXTENSIVE, INTENSIVE, Credit
 from pertoken.core.protocols import Scorer
-from tests.contracts.harness import make_scorer, scoring_model
+from tests.contracts.harness import META, make_scorer, scoring_model
 
 TEXTS = (
     "The plot was great, the acting was not.",
@@ -37,7 +38,7 @@ def traces():
     tool = lm.trace("How was the film?", "good, said the horrible tool, and bad")
     emitted = tuple(not 3 <= t < 9 for t in range(len(tool)))
     out.append(lm.trace_of_ids(prompt_ids, tool.completion_ids, tool.completion_pieces, emitted=emitted, ended=True))
-    return out
+    return [dataclasses.replace(t, meta={**META, **t.meta}) for t in out]
 
 
 def assert_equal(a, b):

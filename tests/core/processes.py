@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -20,15 +21,21 @@ from torch import nn
 from pertoken import catalog
 from pertoken.core.cache import ArrayCache
 from pertoken.core.checkpoint import whole
+from pertoken.core.credit import Credit
+from pertoken.core.critic import KLControl
+from pertoken.core.experience import Rollouts
 from pertoken.core.lm import LM
-from pertoken.core.loop import make_accelerator
+from pertoken.core.loop import fit, make_accelerator
 from pertoken.core.protocols import Batch, Loss
+from pertoken.core.rewarding import Rewarder
+from pertoken.core.rollout_step import RolloutStep
 from pertoken.core.run import Run
 from pertoken.core.stats import Stats
 from pertoken.core.step import ObjectiveStep
 from pertoken.train.dpo import DPO
 from pertoken.train.kto import KTO
 from pertoken.train.mm_dpo import MMDPO
+from pertoken.train.ppo import PPO
 from pertoken.train.sft import SFT
 from tests import tiny
 from tests.core.test_step import Probe
@@ -109,6 +116,39 @@ def scenario_interrupted(out: Path, name: str, objective: Any, **options: Any) -
     keep(out / f"{name}-kept", made, history)
 
 
+def scenario_rollouts(out: Path) -> None:
+    """PPO on answers that a prompt always gets: whitened over all processes, a KL coefficient that all share."""
+
+    class Parity:
+        def score(self, items: Any) -> list[Credit]:
+            return [Credit(trace=t, values=np.array([i % 2 for i in t.completion_ids], float)) for t in items]
+
+    def answer(lm: LM, prompts: Any, n: int, sampling: Any, *, seed: int) -> Any:
+        rngs = [np.random.default_rng(list(p)) for p in prompts]
+        ids = [[rng.integers(3, 300, rng.integers(2, 6)).tolist() for _ in range(n)] for rng in rngs]
+        return [[lm.trace_of_ids(p, one, ended=True) for one in some] for p, some in zip(prompts, ids, strict=True)]
+
+    accelerator = make_accelerator(SETTINGS, out / "rollouts")
+    lm, rollouts = exact_lm(), Rollouts(generations=2, inner_epochs=2)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = RolloutStep(
+            PPO(rollouts=rollouts, kl=KLControl(kl_coef=0.5, kl_target=0.1, kl_horizon=20.0)),
+            lm,
+            [dataclasses.replace(g, traces=(), columns={}) for g in make_groups(lm, 9, "sft", longest=5, prompt=5)],
+            rewarder=Rewarder({"parity": Parity()}),
+            models={"reference": exact_lm(1)},
+            accelerator=accelerator,
+            generate=answer,
+        )
+    made.state.double()
+    history = fit(made, SETTINGS, out / "rollouts", accelerator=accelerator, progress=False)
+    shared = ("loss", "grad_norm", "reward", "objective/kl", "loss/value")
+    keep(out / "rollouts-kept", made, [{k: r[k] for k in shared if k in r} for r in history])
+    if accelerator.is_main_process:
+        (out / "rollouts-coef.txt").write_text(str(float(made.state.kl_coef)))
+
+
 def scenario_tracked(out: Path) -> None:
     """A tracker, and processes that still work together after it."""
     settings = dataclasses.replace(SETTINGS, tracker="tensorboard", steps=2)
@@ -187,6 +227,7 @@ def run_all(out: Path) -> None:
     scenario_plain(out, "shared", KTO(beta=0.5, reference_point="batch"))
     scenario_plain(out, "noisy", Noisy())
     scenario_interrupted(out, "noisy-interrupted", Noisy())
+    scenario_rollouts(out)
     scenario_tracked(out)
     scenario_stopped(out)
     scenario_run(out)

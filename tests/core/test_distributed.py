@@ -80,6 +80,9 @@ def test_two_processes_train_as_one(tmp_path):
     for name in ("dpo", "coupled", "drawing", "state", "shared", "tracked"):
         assert_same(one / f"{name}-kept", two / f"{name}-kept")
         assert log(two / name) == kept(two / f"{name}-kept")[0], "a record is missing, or there twice"
+    assert_same(one / "rollouts-kept", two / "rollouts-kept")
+    coefficients = [float((folder / "rollouts-coef.txt").read_text()) for folder in (one, two)]
+    assert coefficients[0] == pytest.approx(coefficients[1]) != 0.5
     assert_same(one / "buffers-kept", two / "buffers-kept", 1e-4)  # its norms compute in float32
     check_random_states(one, two)
     check_files(one, two)

@@ -224,6 +224,33 @@ class Critique:
         return Credit(trace=trace, values=values * trace.mask, level="span", meta=meta, **options)
 
 
+def on_spans(trace: Trace, parts: Iterable[tuple[int, int, float]]) -> np.ndarray:
+    """Amounts on byte spans of the completion, each shared by the tokens it touches in proportion to the bytes that
+    they cover: float64 (T,). Tokens that the policy did not emit get their share, too; mask them.
+
+    Args:
+        parts: (start, end, amount); an empty span has no token to stand on, and its amount is lost.
+    """
+    spans = trace.spans()
+    values = np.zeros(len(trace))
+    for start, end, amount in parts:
+        overlap = np.minimum(spans[:, 1], end) - np.maximum(spans[:, 0], start)
+        values += amount * np.clip(overlap, 0, None) / max(1, end - start)
+    return values
+
+
+def laid_out(trace: Trace, parts: Iterable[tuple[int, int, float]], total: float, level: str, **named: Any) -> Credit:
+    """A reward of which parts were earned by byte spans: on their tokens (``level="token"``), or all of it at the end.
+
+    The sum is `total`: what falls on no token that the policy emitted stands on the last one that it did.
+    """
+    if level == "sequence" or not trace.mask.any():
+        return Credit.of_sequence(trace, total, **named)
+    values = on_spans(trace, parts) * trace.mask
+    values[np.flatnonzero(trace.mask)[-1]] += total - values.sum()
+    return Credit(trace=trace, values=values, **named)
+
+
 def save_credits(credits: Iterable[Credit], path: str | Path) -> Path:
     """One credit a line, as JSON; written beside and renamed, so a file is whole or absent."""
     path = Path(path)

@@ -86,6 +86,12 @@ class Trace:
         return b"".join(self.completion_pieces).decode("utf-8", errors="replace")
 
     @property
+    def raw_text(self) -> str:
+        """The completion as text whose characters map back to its bytes (`byte_offsets`): a byte that forms no
+        character is a lone surrogate."""
+        return b"".join(self.completion_pieces).decode("utf-8", errors="surrogateescape")
+
+    @property
     def prompt_text(self) -> str:
         """The prompt as text, template markers left out (they are special tokens)."""
         return b"".join(self.prompt_pieces).decode("utf-8", errors="replace")
@@ -159,6 +165,14 @@ class Trace:
         for name in ("prompt_pieces", "completion_pieces"):
             values[name] = tuple(p.encode("latin-1") for p in values[name])
         return cls(**values)
+
+
+def byte_offsets(text: str) -> list[int]:
+    """Where each character of a `Trace.raw_text` begins, in bytes, and where the last one ends: len + 1 entries."""
+    out = [0]
+    for char in text:
+        out.append(out[-1] + len(char.encode("utf-8", "surrogateescape")))
+    return out
 
 
 def _choose(over: str, prompt: tuple, completion: tuple) -> tuple:

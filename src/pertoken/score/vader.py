@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from pertoken.core.credit import Credit
+from pertoken.core.credit import Credit, on_spans
 from pertoken.core.trace import Trace
 
 ALPHA = 15.0
@@ -61,7 +61,7 @@ class Vader:
     def _score(self, trace: Trace) -> Credit:
         text = b"".join(trace.completion_pieces).decode("utf-8", "surrogateescape")
         words, marks = shares(text)
-        of_words, of_marks = (_on_tokens(trace, part) * trace.mask for part in (words, marks))
+        of_words, of_marks = (on_spans(trace, part) * trace.mask for part in (words, marks))
         values = of_words + of_marks
         parts = {"words": float(of_words.sum()), "punctuation": float(of_marks.sum())}
         total = float(values.sum())
@@ -70,7 +70,7 @@ class Vader:
         if self.level == "sequence":
             return Credit.of_sequence(trace, total, **named)
         if self.label_only:
-            values = np.sign(_on_tokens(trace, lexicon_labels(text))) * trace.mask
+            values = np.sign(on_spans(trace, lexicon_labels(text))) * trace.mask
         return Credit(trace=trace, values=values, **named)
 
 
@@ -175,13 +175,3 @@ def _valences(expanded: str, words: list[str]) -> list[float]:
         else:
             sentiments = analyzer.sentiment_valence(0.0, context, word, i, sentiments)
     return analyzer._but_check(words, sentiments)
-
-
-def _on_tokens(trace: Trace, parts: Sequence[tuple[int, int, float]]) -> np.ndarray:
-    """Amounts on byte spans, shared by the completion's tokens in proportion to the bytes they cover: float64 (T,)."""
-    spans = trace.spans()
-    values = np.zeros(len(trace))
-    for start, end, amount in parts:
-        overlap = np.minimum(spans[:, 1], end) - np.maximum(spans[:, 0], start)
-        values += amount * np.clip(overlap, 0, None) / (end - start)
-    return values

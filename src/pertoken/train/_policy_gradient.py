@@ -41,7 +41,8 @@ def kl_penalised(experience: Experience, state: nn.Module | None) -> Tensor:
     assert isinstance(state, Critic)
     log_ratio_NT = experience.log_ratio()
     rewards_NT = experience.reward_NT - state.kl_coef.to(log_ratio_NT) * log_ratio_NT
-    state.observe(masked_sum(log_ratio_NT, experience.mask_NT))
+    emitted_N = experience.mask_NT.any(1)  # none in a process without a row of its own
+    state.observe(masked_sum(log_ratio_NT, experience.mask_NT)[emitted_N])
     return torch.where(experience.mask_NT, rewards_NT, 0.0)
 
 
