@@ -143,7 +143,7 @@ def scenario_rollouts(out: Path) -> None:
         )
     made.state.double()
     history = fit(made, SETTINGS, out / "rollouts", accelerator=accelerator, progress=False)
-    shared = ("loss", "grad_norm", "reward", "objective/kl", "loss/value")
+    shared = ("step", "loss", "grad_norm", "reward", "objective/kl", "loss/value")
     keep(out / "rollouts-kept", made, [{k: r[k] for k in shared if k in r} for r in history])
     if accelerator.is_main_process:
         (out / "rollouts-coef.txt").write_text(str(float(made.state.kl_coef)))

@@ -1,4 +1,4 @@
-"""Attacks on the sandbox: what writes, attaches, loops or floods is refused or stopped, and the database is the same."""
+"""Attacks on the sandbox: what writes, attaches, loops or floods is refused or stopped, and nothing is changed."""
 
 import hashlib
 import sqlite3
