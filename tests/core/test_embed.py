@@ -9,7 +9,7 @@ from tokenizers import processors
 from transformers import BertConfig, BertModel
 
 from pertoken.core.cache import ArrayCache
-from pertoken.core.embed import TextEncoder, cosines
+from pertoken.core.embed import TextEncoder, cosines, greedy_match
 from tests import tiny
 
 
@@ -87,6 +87,19 @@ def test_cosines_by_hand():
     a = np.array([[1.0, 0], [1, 0], [2, 0], [0, 0], [1, 1]])
     b = np.array([[0.0, 3], [-5, 0], [7, 0], [1, 0], [1, 0]])
     np.testing.assert_allclose(cosines(a, b), [0, -1, 1, np.nan, 2**-0.5])
+
+
+def test_token_vectors_and_their_greedy_match(folder, tmp_path):
+    encoder = make(folder, tmp_path)
+    text = "the film was great"
+    vectors, spans = encoder.tokens(text)
+    assert len(vectors) == len(spans) > 0 and all(a < b for a, b in spans)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1.0)
+    assert greedy_match(vectors, vectors) == pytest.approx((1.0, 1.0, 1.0))
+    assert greedy_match(vectors, vectors[:0]) == (0.0, 0.0, 0.0)
+    a, b = np.array([[1.0, 0], [0, 1]]), np.array([[0.6, 0.8]])
+    assert greedy_match(a, b) == pytest.approx((0.7, 0.8, 2 * 0.7 * 0.8 / 1.5))
+    assert len(encoder.tokens("")[0]) == 0
 
 
 def test_what_is_refused(folder, tmp_path):

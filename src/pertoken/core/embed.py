@@ -86,6 +86,20 @@ class TextEncoder:
         width = int(self.model.config.hidden_size)
         return np.stack(rows) if rows else np.zeros((0, width), np.float32)
 
+    @torch.no_grad()
+    def tokens(self, text: str) -> tuple[np.ndarray, list[tuple[int, int]]]:
+        """Vectors of a text's tokens, (T, H) of unit length, special tokens left out, and the characters that each
+        covers; of the first window, if the text is longer (counted in `long_texts`)."""
+        plain = text.encode("utf8", "replace").decode("utf8")
+        cut = {"truncation": True, "max_length": self.max_tokens, "return_special_tokens_mask": True}
+        found = self.tokenizer(plain, return_offsets_mapping=True, return_tensors="pt", **cut)
+        own = found.pop("special_tokens_mask")[0] == 0
+        spans = [(int(a), int(b)) for a, b in found.pop("offset_mapping")[0][own]]
+        self.long_texts += self.too_long([plain])
+        hidden = self.model(**found.to(self.device)).last_hidden_state[0, own.to(self.device)]
+        vectors = torch.nn.functional.normalize(hidden.double(), dim=-1)
+        return vectors.cpu().numpy(), spans
+
     def too_long(self, texts: Sequence[str]) -> int:
         """How many of these texts lie beyond the window, whether their vectors are known already or not."""
         cut = {"truncation": True, "max_length": self.max_tokens, "return_overflowing_tokens": True}
@@ -128,6 +142,17 @@ def cosines(a_NH: np.ndarray, b_NH: np.ndarray) -> np.ndarray:
     size = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
     dot = (a * b).sum(-1)
     return np.where(size > 0, np.clip(dot / np.where(size > 0, size, 1.0), -1.0, 1.0), np.nan)
+
+
+def greedy_match(a_TH: np.ndarray, b_SH: np.ndarray) -> tuple[float, float, float]:
+    """BERTScore's precision, recall and F1 of a candidate's token vectors against a reference's (unit length): each
+    token's best cosine, averaged (Zhang et al., 1904.09675; no idf, no rescaling). Zeros if either has no token."""
+    if not len(a_TH) or not len(b_SH):
+        return 0.0, 0.0, 0.0
+    table = a_TH @ b_SH.T
+    precision, recall = float(table.max(1).mean()), float(table.max(0).mean())
+    total = precision + recall
+    return precision, recall, 2 * precision * recall / total if total > 0 else 0.0
 
 
 def _minilm_folder() -> Path:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from .advantage import Advantages
     from .data import Group
+    from .examples import Example
     from .lm import LM
     from .loop import LoopConfig
     from .stats import Stats
@@ -193,6 +194,29 @@ class Segmenter(Protocol):
     def __call__(self, trace: Trace, logps: np.ndarray | None = None) -> Sequence[int]:
         """Strictly increasing indices, the first of them 0; nothing for an empty completion. `logps`: (T,), for
         those that look at them (which model's, the method says)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a selector says of N examples.
+
+    Attributes:
+        values: weight of each, (N,) (0: left out). scores: what it was chosen by, (N,).
+        provenance: method, options, seeds. order: indices of those kept, as they should come; empty: as they came.
+    """
+
+    values: np.ndarray
+    scores: np.ndarray
+    provenance: Mapping[str, Any]
+    order: tuple[int, ...] = ()
+
+
+class Selector(Protocol):
+    """Chooses data."""
+
+    def weights(self, examples: Sequence[Example]) -> Weights:
+        """A weight an example, in order."""
         ...
 
 

@@ -1,0 +1,1 @@
+"""The room of selectors: which data to train on."""
