@@ -119,9 +119,7 @@ def main(options: Options) -> None:
                 {"metric": f"mean BLEU against human answers, {name}", "value": m[0], "interval": list(m[1:])}
                 for name, m in means.items()
             ]
-            + [
-                {"metric": "agreement, ROUGE-L", "value": shares["ROUGE-L"][0], "interval": list(shares["ROUGE-L"][1:])}
-            ],
+            + [{"metric": "agreement, ROUGE-L", "value": rouge[0], "interval": list(rouge[1:])}],
         )
 
 
