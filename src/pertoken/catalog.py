@@ -304,6 +304,16 @@ _ROWS = (
         stochastic=True,
     ),
     Method(
+        "reward-transform",
+        "score",
+        "pertoken.score.reward_transform:RewardTransform",
+        "Log-sigmoid centred rewards, and their sum: good in all properties",
+        system="reward-transform",
+        paper="2402.00742",
+        family="reward",
+        level="token",
+    ),
+    Method(
         "vader",
         "score",
         "pertoken.score.vader:Vader",
