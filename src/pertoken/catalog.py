@@ -273,6 +273,16 @@ _ROWS = (
         stochastic=True,
     ),
     Method(
+        "tl-training-reward",
+        "score",
+        "pertoken.score.tl_training_reward:TLTrainingReward",
+        "Tool calls by the kind of their mistakes: tool, parameters, values, each on its tokens",
+        system="tl-training",
+        paper="2412.15495",
+        family="reward",
+        level="token",
+    ),
+    Method(
         "toolrl",
         "score",
         "pertoken.score.toolrl:ToolRL",

@@ -30,6 +30,8 @@ from tests.methods.one_pass import exact_lm
 KINDS = {"pairs": "pair", "unpaired": "unpaired", "sft": "sft", "prompts": "prompt"}
 META = {  # columns of a row that scorers ask for
     "references": ["It was a good film, and the plot was great.", "Not good."],
+    "gold_call": "say(what='good')",
+    "tools": {"say": ["what"]},
     "ground_truth": '<think> t </think>\n<tool_call>\n{"name": "say", "parameters": {"what": "good"}}\n</tool_call>',
 }
 _ONE_PACK = Cost(linear=1.0, attention=0.0, launch=1e12)  # another forward is never worth it

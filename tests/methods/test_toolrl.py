@@ -126,6 +126,13 @@ def test_granularity():
     assert parts(wrong, granularity="strict")["correctness"] == pytest.approx(6 * 5 / 6 - 3)
 
 
+@pytest.mark.parametrize("granularity", ["fine", "strict", "intermediate", "coarse"])
+@pytest.mark.parametrize("line", ["5", "[1]", '"x"', "{}", '{"parameters": {}}'])
+def test_json_that_is_no_call_has_the_minimum_in_every_variant(line, granularity):
+    text = f"{THINK}\n<tool_call>\n{line}\n</tool_call>"
+    assert parts(text, granularity=granularity) == {"format": 1.0, "correctness": -3.0}
+
+
 def test_scales_and_schedules():
     low = {s: ToolRL(schedule="two_stage", step=s).bounds() for s in (0, 29, 30)}
     assert low[0] == low[29] == ((0.0, 1.0), (-1.0, 1.0)) and low[30] == ((0.0, 0.5), (-3.0, 3.0))

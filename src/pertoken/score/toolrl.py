@@ -170,7 +170,10 @@ class ToolRL:
                 parts["correctness"] = low
                 spans.append((max(0, text.find(OPEN)), len(text), low))
             else:
-                spans += _where(calls, calls_with_spans(text), text, low, high, self.granularity)
+                if self.granularity == "coarse":  # whose lines may be any JSON
+                    spans.append((*block(text), parts["correctness"]))
+                else:
+                    spans += _where(calls, calls_with_spans(text), text, low, high, self.granularity)
         else:
             parts["correctness"] = 0.0
         if self.length != "none":
@@ -221,10 +224,8 @@ def _gold_calls(gold: str, trace: Trace) -> list[dict[str, Any]]:
 def _where(gold: Sequence[dict], found: Sequence[Call], text: str, low: float, high: float, how: str) -> list[Part]:
     """Correctness on spans: each part of S_max from its share of `low` to its share of `high`."""
     predicted = [call.data for call in found]
-    start, end = block(text)
+    end = block(text)[1]
     tail = (end, end + len(CLOSE))
-    if how == "coarse" or not found:
-        return [(start, end, correctness(gold, predicted, low, high, how))]
     unit = most(gold, how)
     worth = lambda earned, weight=1.0: (low * weight + (high - low) * earned) / unit
     names = match([g["name"] for g in gold], [p["name"] for p in predicted], how == "strict")
