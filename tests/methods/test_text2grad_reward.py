@@ -374,7 +374,7 @@ def test_a_model_that_sft_trained_writes_critiques(tmp_path):
     rule = Rule(lexicon="", good=("good",))
     examples, _ = training_examples([("?", "a good film")], rule, lm)
     groups, _ = encode(examples, lm)
-    config = LoopConfig(lr=1e-2, steps=200, batch_size=1)
+    config = LoopConfig(lr=1e-2, steps=80, batch_size=1)
     run = Run(
         slug="sft",
         objective=catalog.method("sft")(),
@@ -392,7 +392,7 @@ def test_a_model_that_sft_trained_writes_critiques(tmp_path):
         critic=str(tmp_path / "run" / "model"),
         sampling=Sampling(max_new_tokens=200, temperature=0.0),
     )
-    trace = lm.trace("?", "a good film")
+    trace = dataclasses.replace(lm.trace("?", "a good film"), meta={"prompt": "?"})
     (credit,) = scorer.score([trace])
     assert credit.meta["counts"] == {"exact": 1}
     assert credit.values.tolist() == Text2GradReward(rule=rule).score([trace])[0].values.tolist()
