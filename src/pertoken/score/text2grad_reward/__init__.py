@@ -38,7 +38,7 @@ from pertoken.core.trace import Trace
 
 from .annotators import Rule, Writer, as_written, training_examples
 from .critique import Quote, Written, parse
-from .spans import ESCAPE, Matching, byte_offsets, locate, occurrences, token_scores
+from .spans import ESCAPE, Matching, byte_offsets, locate, occurrences, speaking, token_scores
 
 __all__ = ["Critique", "LengthWeight", "Matching", "Quote", "Rule", "Text2GradReward", "Writer", "Written"]
 __all__ += ["length_weights", "occurrences", "parse", "token_scores", "training_examples"]
@@ -130,7 +130,8 @@ class Text2GradReward:
         values = token_scores(trace, critique, self.matching.overlap)
         size = len(b"".join(trace.completion_pieces))
         counts["wide"] += sum(end - start > WIDE * size for start, end, _ in critique.spans)
-        counts["no_tokens"] += sum(not token_scores(trace, Critique("", (s,))).any() for s in critique.spans if s[2])
+        spoken_T = speaking(trace)
+        counts["no_tokens"] += sum(not ((spoken_T >= a) & (spoken_T < b)).any() for a, b, _ in critique.spans)
         added = np.zeros(len(trace))
         if self.fallback and not values.any() and not counts["malformed"]:
             everything = Critique("", ((0, size, self.fallback),) if size else ())

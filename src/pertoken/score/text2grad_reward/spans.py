@@ -205,26 +205,33 @@ def token_scores(trace: Trace, critique: Critique, overlap: str = "first") -> np
     Raises:
         ValueError: a span outside of the text, or with a value that is not finite.
     """
-    text = b"".join(trace.completion_pieces).decode("utf-8", ESCAPE)
-    begins = byte_offsets(text)
-    painted = np.full(len(text), np.nan)
+    at_T = speaking(trace)
+    size = int(at_T.size and trace.spans()[-1, 1])
+    values, free_T = np.zeros(len(trace)), at_T >= 0
     first = sorted(critique.spans, key=lambda s: s[2] >= 0) if overlap == "poor" else critique.spans  # sort is stable
     for start, end, value in first:
-        if not 0 <= start < end <= begins[-1]:
-            raise ValueError(f"a critique's span [{start}, {end}) is outside of the {begins[-1]} bytes of the response")
+        if not 0 <= start < end <= size:
+            raise ValueError(f"a critique's span [{start}, {end}) is outside of the {size} bytes of the response")
         if not np.isfinite(value):
             raise ValueError(f"a critique's span [{start}, {end}) has the value {value}; give a finite one")
-        covered = (begins[:-1] < end) & (begins[1:] > start)
-        painted = np.where(covered & np.isnan(painted), value, painted)
-    speaks = spoken(text)
-    values = np.zeros(len(trace))
-    for t, (start, end) in enumerate(trace.spans()):
-        own = np.flatnonzero((begins[:-1] < end) & (begins[1:] > start) & speaks)
-        if len(own) and not np.isnan(painted[own[0]]):
-            values[t] = painted[own[0]]
+        mine_T = free_T & (at_T >= start) & (at_T < end)
+        values[mine_T], free_T = value, free_T & ~mine_T
     return values * trace.mask
 
 
-def spoken(text: str) -> np.ndarray:
-    """bool, one a character: neither white space nor punctuation."""
-    return np.array([not (char.isspace() or is_punctuation(char)) for char in text], bool)
+def speaking(trace: Trace) -> np.ndarray:
+    """Where in the response each token's first character begins that is neither white space nor punctuation: int64 (T,)
+    of bytes, -1 for a token without one. A token inside of a character has that character's."""
+    text = b"".join(trace.completion_pieces).decode("utf-8", ESCAPE)
+    begins = byte_offsets(text)
+    said = np.array([not (char.isspace() or is_punctuation(char)) for char in text], bool)
+    spots = np.flatnonzero(said)
+    spans = trace.spans()
+    first_T = np.searchsorted(begins[1:], spans[:, 0], "right")  # of the characters that end after it begins
+    next_T = np.searchsorted(spots, first_T)
+    out = np.full(len(trace), -1)
+    for t in np.flatnonzero(next_T < len(spots)):
+        begin = begins[spots[next_T[t]]]
+        if begin < spans[t, 1] and spans[t, 1] > spans[t, 0]:
+            out[t] = begin
+    return out
