@@ -18,6 +18,17 @@ printed beside: VADER's compound, log-prob under the starting LM, and distinct-2
 Round trip: 200 synthetic critiques (phrases quoted verbatim, or with other case, white space and punctuation) on texts
 with accents, emoji, CJK, quotes and brackets; share of the characters inside of quoted phrases whose token has the
 phrase's score. >= 99 % for each of three tokenizers.
+
+Missed: the round trip is reached (all characters), the ratio is not: 0.90, 0.75 and 1.00 by seed, median 0.90. What was
+learned:
+(1) The budget of 60 batches at 3e-5 ends in the middle of the rise: the span arm's mean goes from 0.2 to 1.0, where 22
+is possible, and the scalar arm's to 0.7. It passes 80 % in no seed, so each ratio has the whole budget below the line
+and is an upper bound; and the best of 120 single batches, whose means scatter by 0.35, is nearer to noise than to the
+curve. Seed 2's span arm misses the line itself.
+(2) The order of the arms does not depend on that: the span arm ends higher in the median (1.03 and 0.67; held out 1.20
+and 0.78). At 3 x the rate it ends at 10.2 and 4.1, at 10 x at 21.8 and 14.8 with ratio 0.58 (the first seed; no bound).
+VADER, no reward, follows. The log-prob under the start falls with the score: at 10 x it is 22 sentiment words of 24.
+(3) Seed 5, on which the example was made to run, gave 0.72.
 """
 
 from __future__ import annotations
@@ -65,6 +76,8 @@ class Options:
     seeds: tuple[int, ...] = (0, 1, 2)
     batches: int = 60
     """Batches of rollouts, an arm: the budget."""
+    minibatches: int = 1
+    """Updates an epoch."""
     sweep: bool = False
     """The rates 3 and 10 x base, too, with the first seed."""
     workers: int = 2
@@ -151,14 +164,20 @@ def run_arm(name: str, rate: float, seed: int, options: Options, out: Path) -> O
     objective = Text2Grad(
         scorer={"critique": Text2GradReward(rule=world.rule, level=LEVELS[name])},
         kl=KLControl(kl_coef=0.02),
-        rollouts=Rollouts(generations=1, inner_epochs=EPOCHS, sampling=SAMPLING),
+        rollouts=Rollouts(generations=1, inner_epochs=EPOCHS, minibatches=options.minibatches, sampling=SAMPLING),
     )
     (outcome,) = compare(
         [Arm(name=f"{name} {rate:g}", slug="text2grad", objective=objective)],
         world.policy,
         world.train,
         [],
-        LoopConfig(lr=rate, steps=options.batches * EPOCHS, batch_size=BATCH, schedule="constant", warmup=0.0),
+        LoopConfig(
+            lr=rate,
+            steps=options.batches * EPOCHS * options.minibatches,
+            batch_size=BATCH,
+            schedule="constant",
+            warmup=0.0,
+        ),
         out,
         seeds=(seed,),
         resolve=catalog.method,
