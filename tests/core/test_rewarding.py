@@ -120,3 +120,15 @@ def test_a_trace_knows_its_row():
     example = Example(prompt="How was it?", kind="prompt", row=7, source="a.jsonl", extra={"answer": "good"})
     known = with_row(Group(example=example, prompt_ids=trace.prompt_ids), trace)
     assert (known.meta["answer"], known.meta["row"], known.meta["prompt"]) == ("good", 7, "How was it?")
+
+
+class Counting:
+    """A scorer that says what it could not read."""
+
+    def score(self, items):
+        meta = lambda t: {"counts": {"malformed": 2}} if t.text == "bad" else {}
+        return [Credit(trace=t, values=np.zeros(len(t)), meta=meta(t)) for t in items]
+
+
+def test_what_a_scorer_counts_is_told_like_its_parts():
+    assert Rewarder({"critic": Counting()})(traces()).parts["critic.malformed"] == [0.0, 2.0, 0.0, 0.0]

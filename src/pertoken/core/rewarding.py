@@ -31,7 +31,8 @@ class Rewarded:
 
     Attributes:
         credits: the weighted sum, one a completion; None where a scorer failed.
-        parts: name of a scorer, or of a scorer's named part -> one number a completion (None where it failed).
+        parts: name of a scorer, or of a scorer's named part -> one number a completion (None where it failed). So for
+            what a scorer counts (``meta["counts"]``: entries it could not read...).
         failures: (index of the completion, scorer, message).
     """
 
@@ -88,6 +89,8 @@ class Rewarder:
                 total[i].append(credit.map(lambda v: v, kind="reward", method=name))
                 for part, value in credit.meta.get("parts", {}).items():
                     parts.setdefault(f"{name}.{part}", [None] * len(traces))[i] = float(value)
+                for what, number in credit.meta.get("counts", {}).items():  # none where it is not said
+                    parts.setdefault(f"{name}.{what}", [0.0] * len(traces))[i] = float(number)
         lost, weights = {i for i, *_ in failures}, [self.weights.get(n, 1.0) for n in self.scorers]
         credits = [None if i in lost else combine(some, weights) for i, some in enumerate(total)]
         return Rewarded(credits, parts, failures)
