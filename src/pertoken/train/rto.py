@@ -118,6 +118,10 @@ class DPOStage:
     prompts: str = ""
     """A file, folder or Hub id of prompts to learn from in stage 2 (default: those of the pairs, one a pair)."""
 
+    def __post_init__(self) -> None:
+        if not self.dpo_epochs > 0:
+            raise ValueError(f"dpo_epochs={self.dpo_epochs} trains no pi_dpo; give more, or dpo_scale=0 for PPO")
+
     def config(self) -> dict[str, Any]:
         """What the loop of stage 1 has otherwise than the run's."""
         own = {"lr": self.dpo_lr, "batch_size": self.dpo_batch_size}
