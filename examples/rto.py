@@ -18,6 +18,7 @@ PPO's. The third arm, sparse PPO that starts from pi_dpo, uses the same informat
 
 from __future__ import annotations
 
+import json
 import math
 import tempfile
 import time
@@ -65,6 +66,8 @@ class Options:
     seeds: tuple[int, ...] = (11, 12, 13, 14, 15)
     tune: bool = False
     """Choose learning rates and measure nothing; --seeds are not looked at."""
+    arms: tuple[str, ...] = ARMS
+    """Arms to tune."""
     full: bool = False
     """SmolLM2 with VADER's reward in place of the planted bigrams."""
     steps: int = STEPS
@@ -210,7 +213,7 @@ def main(options: Options) -> None:
     """Run it and print the table."""
     out = Path(options.out or tempfile.mkdtemp(prefix="rto-"))
     if options.tune:
-        return _tune(out)
+        return _tune(out, options.arms)
     make = film_world if options.full else planted_world
     rates = dict.fromkeys(CHOSEN, 1e-5) if options.full else CHOSEN
     if options.save and (options.full or options.steps != STEPS):
@@ -295,7 +298,7 @@ def _range(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     return float(np.min(values)), float(np.max(values))
 
 
-def _tune(out: Path) -> None:
+def _tune(out: Path, arms: Sequence[str]) -> None:
     """DPO's rate by its loss on new pairs of the tuning seeds; then each arm's by its own final hits there."""
     worlds = [planted_world(seed) for seed in TUNING]
     losses = {}
@@ -303,7 +306,7 @@ def _tune(out: Path) -> None:
         losses[rate] = float(np.mean([_loss(w, w.dpo(out / f"dpo-{w.seed}-{rate:g}", rate)) for w in worlds]))
         print(f"dpo {rate:g}: mean loss on new pairs {losses[rate]:.4f}", flush=True)
     chosen = {"dpo": min(losses, key=losses.__getitem__)}
-    for arm in ARMS:
+    for arm in arms:
         hits: dict[float, float] = {}
         for rate in RATES:
             some = []
