@@ -170,7 +170,7 @@ def measured(arm: str, world: World, dpo: LM, rate: float, steps: int, out: Path
     )
     given = {"dpo": dpo} if arm == "rto" else {"reference": world.policy} if arm == "ppo from dpo" else {}
     start = dpo if arm == "ppo from dpo" else world.policy
-    more = math.ceil(2 * PAIRS / (world.batch * world.generations)) if arm == "ppo" else 0
+    more = math.ceil(2 * PAIRS * steps / STEPS / (world.batch * world.generations)) if arm == "ppo" else 0
     run = world.train(out / "run", rate, steps + more, start.clone(), objective, **given)
     run.go()
     lines = [json.loads(line) for line in (run.out / "log.jsonl").read_text("utf8").splitlines()]
@@ -299,7 +299,7 @@ def _range(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
 
 
 def _tune(out: Path, arms: Sequence[str]) -> None:
-    """DPO's rate by its loss on new pairs of the tuning seeds; then each arm's by its own final hits there."""
+    """DPO's rate by its loss on new pairs of the tuning seeds; then each arm's by its own hits there after half the steps."""
     worlds = [planted_world(seed) for seed in TUNING]
     losses = {}
     for rate in DPO_RATES:
@@ -313,7 +313,7 @@ def _tune(out: Path, arms: Sequence[str]) -> None:
             for world in worlds:
                 dpo, path = world.dpo(out / f"dpo-{world.seed}-{chosen['dpo']:g}", chosen["dpo"]), out / "tune"
                 path = path / f"{world.seed}-{arm.replace(' ', '-')}-{rate:g}"
-                some.append(measured(arm, world, dpo, rate, STEPS, path))
+                some.append(measured(arm, world, dpo, rate, STEPS // 2, path))
                 print(f"  {arm:<13} {rate:g} seed {world.seed}: {_short(some[-1])}", flush=True)
             hits[rate] = float(np.mean([r["final"] for r in some]))
         chosen[arm] = max(hits, key=hits.__getitem__)
