@@ -299,7 +299,7 @@ def _range(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
 
 
 def _tune(out: Path, arms: Sequence[str]) -> None:
-    """DPO's rate by its loss on new pairs of the tuning seeds; then each arm's by its hits there after half the steps."""
+    """DPO's rate by its loss on new pairs of the tuning seeds; then each arm's by its hits after half the steps."""
     worlds = [planted_world(seed) for seed in TUNING]
     losses = {}
     for rate in DPO_RATES:
