@@ -1,8 +1,8 @@
 """RTO's acceptance figures: whether DPO's log-ratio finds the tokens that earned a reward of the whole sequence, and
 what PPO gains from being told.
 
-World: 24 letters, responses of 48, R = 0.125 x how often one of three planted bigrams occurs; the policy is a random
-two-layer LM that knows letters alone. 500 pairs of its own responses are labelled by R alone; ties are dropped (about
+World: 24 letters, responses of 48, R = 0.125 x how often one of three planted bigrams occurs; the policy is a
+bigram model of letters alone (embedding, norm, head; random weights), so that the critic is a table. 500 pairs of its own responses are labelled by R alone; ties are dropped (about
 seven pairs of ten: most responses have no hit). Every arm draws 16 responses a step, learns from them in four epochs,
 and has a learning rate of its own. All arms are RTO's code path; PPO is dpo_scale = 0.
 
@@ -147,7 +147,7 @@ class World:
 
 def planted_world(seed: int) -> World:
     """24 letters."""
-    lm, asked = planted.policy(seed, endless=True), [e.prompt for e in planted.prompts(PAIRS, seed)]
+    lm, asked = planted.policy(seed, layers=0, endless=True), [e.prompt for e in planted.prompts(PAIRS, seed)]
     return World(seed, "planted bigrams", lm, planted.Planted(), asked, planted.of_length(48), BATCH, 1, 0.125)
 
 
@@ -276,7 +276,7 @@ def _save(
         **sparse,
         bound="; ".join(checks),
         reached=all(checks.values()),
-        world="planted bigrams, a random two-layer LM of 24 letters, responses of 48",
+        world="planted bigrams, a bigram policy of 24 letters, responses of 48",
         seeds=options.seeds,
         notes=f"medians of the seeds, interval: least and greatest; PPO: {STEPS + MORE} steps, for the "
         f"{2 * PAIRS} responses of the pairs; pairs without ties: {pairs}; learning rates "
