@@ -1,10 +1,11 @@
 """RTO's acceptance figures: whether DPO's log-ratio finds the tokens that earned a reward of the whole sequence, and
 what PPO gains from being told.
 
-World: 24 letters, responses of 48, R = 0.125 x how often one of three planted bigrams occurs; the policy is a
-bigram model of letters alone (embedding, norm, head; random weights), so that the critic is a table. 500 pairs of its own responses are labelled by R alone; ties are dropped (about
-seven pairs of ten: most responses have no hit). Every arm draws 16 responses a step, learns from them in four epochs,
-and has a learning rate of its own. All arms are RTO's code path; PPO is dpo_scale = 0.
+World: 24 letters, responses of 48, R = 0.125 x how often one of three planted bigrams occurs; the policy is a bigram
+model of letters alone (embedding, norm, head; random weights), so that the critic is a table. 500 pairs of its own
+responses are labelled by R alone; ties are dropped (about seven pairs of ten: most responses have no hit). Every arm
+draws 16 responses a step, learns from them in four epochs, and has a learning rate of its own. All arms are RTO's code
+path; PPO is dpo_scale = 0.
 
     python examples/rto.py            three arms, five seeds
     python examples/rto.py --tune     how the learning rates were chosen, on seeds that are not measured
