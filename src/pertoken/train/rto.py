@@ -176,10 +176,10 @@ class RTO(ActorCritic):
             if name not in run.given:
                 run.give(name, _loaded(run, named[name]) if named[name] else self._trained(run))
         how = self.rollouts.sampling
-        if (how.temperature, how.top_p, how.top_k) != (1.0, 1.0, 0) and self.policy_loss.importance_cap is None:
+        if (how.temperature, how.top_p, how.top_k, how.min_new_tokens) != (1.0, 1.0, 0, 0):
             run.report(
                 "rto: warning: rewards and ratios have log-probs at temperature 1 with nothing cut off, tokens are "
-                "drawn otherwise; sample at temperature 1, or give importance_cap=2"
+                "drawn otherwise; sample at temperature 1 without min_new_tokens"
             )
         if not token.dpo_scale:
             run.report("rto: dpo_scale=0 is PPO; no DPO model is trained")
