@@ -149,7 +149,7 @@ class World:
 def planted_world(seed: int) -> World:
     """24 letters."""
     lm, asked = planted.policy(seed, layers=0, endless=True), [e.prompt for e in planted.prompts(PAIRS, seed)]
-    return World(seed, "planted bigrams", lm, planted.Planted(), asked, planted.of_length(48), BATCH, 1, 0.125)
+    return World(seed, "planted bigrams", lm, planted.Planted(), asked, Sampling(max_new_tokens=48), BATCH, 1, 0.125)
 
 
 def film_world(seed: int) -> World:
