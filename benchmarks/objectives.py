@@ -114,7 +114,8 @@ class Side:
 def main(options: Options) -> None:
     """Measure, print, and write the result if asked to."""
     torch.set_num_threads(options.threads)
-    slugs = options.only or [m.slug for m in catalog.methods() if m.room == "train" and m.data == "pairs"]
+    rows = [m for m in catalog.methods() if m.room == "train" and m.data == "pairs" and m.family != "reinforcement"]
+    slugs = options.only or [m.slug for m in rows]
     frozen = load(options.model).reference()
     groups, what = draw_pairs(frozen, options.batch, options.seed)
     add_reference_logps(groups, frozen)

@@ -44,6 +44,7 @@ from pertoken.score.gpm import GPM
 from pertoken.worlds import human
 
 REWARD_MODELS = ("gpm-reward",)  # trains a head to judge with, and no policy
+NEED_A_REWARD = "reinforcement"  # the family that learns from scored rollouts, though its data may be pairs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +140,7 @@ def main(options: Options) -> None:
     )
     model = "smollm2" if options.full else str(human.train_lm(train))
     rows = [m for m in catalog.methods() if m.room == "train" and m.data == "pairs" and m.slug not in REWARD_MODELS]
+    rows = [m for m in rows if m.family != NEED_A_REWARD]
     names = options.only or tuple(m.slug for m in rows)
     settings = {"gpo": {"scorer": preference, "rounds": 1, "samples": 3, "sampling": Sampling(max_new_tokens=24)}}
     found = compare_train(

@@ -91,6 +91,19 @@ _ROWS = (
         )
     ),
     Method(
+        "rto",
+        "train",
+        "pertoken.train.rto:RTO",
+        "Reinforced Token Optimization: PPO with a DPO model's log-ratio as the reward of each token",
+        system="rto",
+        paper="2404.18922",
+        family="reinforcement",
+        level="token",
+        data="pairs",
+        models=("reference", "dpo"),
+        stochastic=True,
+    ),
+    Method(
         "t-reg",
         "train",
         "pertoken.train.t_reg:TReg",

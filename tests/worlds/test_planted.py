@@ -38,3 +38,17 @@ def test_what_was_not_emitted_earns_nothing():
 def test_bad_options(bad):
     with pytest.raises(ValueError):
         Planted(**bad)
+
+
+def test_an_endless_policy_knows_letters_alone(tmp_path):
+    """What it says has full length, no token is cut off from the distribution, and it survives saving."""
+    from pertoken.core.lm import load
+
+    lm = policy(2, endless=True)
+    lm.save(tmp_path)
+    for model in (lm, load(tmp_path, device="cpu")):
+        drawn = [t for some in sample(model, [model.encode_prompt("c")], 8, of_length(20), seed=0) for t in some]
+        assert {len(t) for t in drawn} == {20} and drawn[0].prompt_ids == (2,)
+        assert all(np.allclose(t.sampled_logps, t.policy_logps, atol=1e-5) for t in drawn)
+        assert set("".join(t.text for t in drawn)) <= set(LETTERS)
+    assert Planted(weight=1.0).score([lm.trace("c", "abkt")])[0].reduce() == 2.0

@@ -127,6 +127,13 @@ def on_tokens(values_N: Tensor, mask_NT: Tensor) -> Tensor:
     return torch.where(mask_NT, values_N[:, None], torch.zeros((), dtype=values_N.dtype, device=values_N.device))
 
 
+def on_last(values_N: Tensor, mask_NT: Tensor) -> Tensor:
+    """A number a completion on the last token where the mask holds: (N, T); nowhere if it holds for none."""
+    last_N = mask_NT.shape[1] - 1 - mask_NT.flip(1).int().argmax(1)
+    here_NT = mask_NT & (torch.arange(mask_NT.shape[1], device=mask_NT.device) == last_N[:, None])
+    return torch.where(here_NT, values_N[:, None], torch.zeros((), dtype=values_N.dtype, device=values_N.device))
+
+
 @dataclass(frozen=True, kw_only=True)
 class GAE:
     """Advantages of an actor-critic."""

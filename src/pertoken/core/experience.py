@@ -58,6 +58,7 @@ class Experience:
         stats: of each model named in the objective's `experience`, without gradients.
         value_NT: values of the critic before each token, if there is one.
         batch: how many batches of rollouts came before.
+        figures: what `rewards` and `advantages` want logged of the batch, put in by them: name -> (sum, count).
     """
 
     traces: tuple[Trace, ...]
@@ -69,6 +70,7 @@ class Experience:
     stats: Mapping[str, Stats]
     value_NT: Tensor | None
     batch: int
+    figures: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def log_ratio(self, above: str = "policy", below: str = "reference") -> Tensor:
         """log-prob of each token under one model less that under another: (N, T), 0 outside the mask."""

@@ -276,7 +276,8 @@ class ObjectiveStep:
         if self.mismatched:
             columns["mismatched_N"] = torch.tensor([k == 1 for _, k in order], device=device)
         pairs = label = None
-        if self.objective.data == "pairs" and len(groups[0].traces) == 2:
+        # two rollouts of a prompt are no pair, though the data that the prompt is from may be pairs
+        if self.objective.data == "pairs" and len(groups[0].traces) == 2 and not hasattr(self.objective, "rollouts"):
             pairs = torch.tensor(
                 [[place[g, 0], place[g, 1]] for g in range(len(groups)) if (g, 0) in place], device=device
             )

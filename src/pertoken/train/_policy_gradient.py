@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..core.critic import Critic
-from ..core.experience import Experience
+from ..core.advantage import GAE, Advantages
+from ..core.critic import Critic, KLControl
+from ..core.experience import Experience, Rollouts
 from ..core.policy_loss import PolicyLoss, aggregated, kl_losses, policy_losses, value_losses
 from ..core.protocols import Batch, Loss
 from ..core.stats import Stats, masked_sum
@@ -92,3 +94,45 @@ def example_columns(rng: Any, mask_NT: Tensor, critic: bool) -> dict[str, Tensor
     draw = lambda: torch.from_numpy(rng.normal(size=tuple(mask_NT.shape))) * mask_NT
     # about the log-probs of a random model of 320 tokens, so that some ratios are clipped and some are not
     return {name: draw() for name in names} | {n: draw() - 6.0 for n in ("old_logps", "sampled_logps")}
+
+
+class ActorCritic:
+    """What PPO and the methods that are PPO with other rewards share; the options are fields of theirs."""
+
+    kl: KLControl
+    gae: GAE
+    policy_loss: PolicyLoss
+    value: ValueLoss
+    rollouts: Rollouts
+
+    @property
+    def experience(self) -> Mapping[str, frozenset[str]]:
+        """Log-probs of policy and reference, and the states that the critic values."""
+        return {"policy": WITH_STATE, "reference": LOGP}
+
+    @property
+    def stats(self) -> Mapping[str, frozenset[str]]:
+        """Log-probs and states of the policy (and the reference's log-probs, if the loss has a KL term)."""
+        return {"policy": frozenset({"logp", "hidden"})} | ({"reference": LOGP} if self.policy_loss.kl_loss else {})
+
+    def init_state(self, config: Any) -> Critic:
+        """The value head and the KL coefficient."""
+        return Critic(config, self.kl, lr_factor=self.value.critic_lr_factor)
+
+    def rewards(self, experience: Experience, state: nn.Module | None) -> Tensor:
+        """Credit less the KL penalty: (N, T)."""
+        return kl_penalised(experience, state)
+
+    def advantages(self, experience: Experience, reward_NT: Tensor, state: nn.Module | None) -> Advantages:
+        """GAE, whitened as asked, and returns."""
+        return self.gae.compute(reward_NT, experience.value_NT, experience.groups_N, experience.mask_NT)
+
+    @classmethod
+    def example_columns(cls, rng: np.random.Generator, mask_NT: Tensor) -> dict[str, Tensor]:
+        """Random columns of the shape that rollouts make, for tests."""
+        return example_columns(rng, mask_NT, critic=True)
+
+    def loss(self, stats: Mapping[str, Stats], batch: Batch, state: nn.Module | None = None) -> Loss:
+        """The policy's and the critic's loss on a minibatch of rollouts."""
+        longest = self.rollouts.sampling.max_new_tokens
+        return policy_gradient_loss(stats, batch, self.policy_loss, longest, self.value, state)

@@ -16,24 +16,18 @@ Differs from the authors' code: implementations differ among themselves; each di
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import numpy as np
-from torch import Tensor, nn
-
-from ..core.advantage import GAE, Advantages
-from ..core.critic import Critic, KLControl
-from ..core.experience import Experience, Rollouts
+from ..core.advantage import GAE
+from ..core.critic import KLControl
+from ..core.experience import Rollouts
 from ..core.policy_loss import PolicyLoss
-from ..core.protocols import Batch, Loss
-from ..core.stats import Stats
-from ._policy_gradient import LOGP, WITH_STATE, ValueLoss, example_columns, kl_penalised, policy_gradient_loss
+from ._policy_gradient import ActorCritic, ValueLoss
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPO:
+class PPO(ActorCritic):
     """Options of PPO."""
 
     reward: str = ""
@@ -53,35 +47,3 @@ class PPO:
 
     data: ClassVar[str] = "prompts"
     models: ClassVar[tuple[str, ...]] = ("reference",)
-
-    @property
-    def experience(self) -> Mapping[str, frozenset[str]]:
-        """Log-probs of policy and reference, and the states that the critic values."""
-        return {"policy": WITH_STATE, "reference": LOGP}
-
-    @property
-    def stats(self) -> Mapping[str, frozenset[str]]:
-        """Log-probs and states of the policy (and the reference's log-probs, if the loss has a KL term)."""
-        return {"policy": frozenset({"logp", "hidden"})} | ({"reference": LOGP} if self.policy_loss.kl_loss else {})
-
-    def init_state(self, config: Any) -> Critic:
-        """The value head and the KL coefficient."""
-        return Critic(config, self.kl, lr_factor=self.value.critic_lr_factor)
-
-    def rewards(self, experience: Experience, state: nn.Module | None) -> Tensor:
-        """Credit less the KL penalty: (N, T)."""
-        return kl_penalised(experience, state)
-
-    def advantages(self, experience: Experience, reward_NT: Tensor, state: nn.Module | None) -> Advantages:
-        """GAE, whitened as asked, and returns."""
-        return self.gae.compute(reward_NT, experience.value_NT, experience.groups_N, experience.mask_NT)
-
-    @classmethod
-    def example_columns(cls, rng: np.random.Generator, mask_NT: Tensor) -> dict[str, Tensor]:
-        """Random columns of the shape that rollouts make, for tests."""
-        return example_columns(rng, mask_NT, critic=True)
-
-    def loss(self, stats: Mapping[str, Stats], batch: Batch, state: nn.Module | None = None) -> Loss:
-        """The policy's and the critic's loss on a minibatch of rollouts."""
-        longest = self.rollouts.sampling.max_new_tokens
-        return policy_gradient_loss(stats, batch, self.policy_loss, longest, self.value, state)

@@ -25,30 +25,34 @@ BIGRAMS = ("ab", "kt", "sj")
 TEMPLATE = "{{ '<bos>' }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
 
-def tokenizer() -> Any:
-    """One token a letter; <pad>, <bos>, <eos> are 0, 1, 2."""
+def tokenizer(endless: bool = False) -> Any:
+    """One token a letter, and <pad>, <bos>, <eos>: ids 0, 1, 2; `endless`: the last three, and no <bos> in prompts."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     specials = ["<pad>", "<bos>", "<eos>"]
-    vocabulary = {token: i for i, token in enumerate([*specials, *LETTERS])}
+    vocabulary = {token: i for i, token in enumerate([*LETTERS, *specials] if endless else [*specials, *LETTERS])}
     core = Tokenizer(models.BPE(vocabulary, []))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(specials)
     named = dict(zip(("pad_token", "bos_token", "eos_token"), specials, strict=True))
     made = PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=256, **named)
-    made.chat_template = TEMPLATE
+    made.chat_template = TEMPLATE.replace("{{ '<bos>' }}", "") if endless else TEMPLATE
     return made
 
 
-def policy(seed: int = 0, *, layers: int = 2, width: int = 32, context: int = 128) -> LM:
-    """A Llama with random weights: each letter about as likely as any other."""
+def policy(seed: int = 0, *, layers: int = 2, width: int = 32, context: int = 128, endless: bool = False) -> LM:
+    """A Llama with random weights: each letter about as likely as any other.
+
+    `endless`: its vocabulary is the letters alone. Where a terminator is there but may not be drawn (`of_length`),
+    whoever learns by log-probs puts all probability on it, as it is never drawn and so never blamed.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=len(LETTERS) + 3,
+        vocab_size=len(LETTERS) + (0 if endless else 3),
         hidden_size=width,
         intermediate_size=2 * width,
         num_hidden_layers=layers,
@@ -56,13 +60,13 @@ def policy(seed: int = 0, *, layers: int = 2, width: int = 32, context: int = 12
         num_key_value_heads=2,
         max_position_embeddings=context,
         tie_word_embeddings=False,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
+        **dict(
+            zip(("pad_token_id", "bos_token_id", "eos_token_id"), (None,) * 3 if endless else range(3), strict=True)
+        ),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LM(LlamaForCausalLM(config).float().eval(), tokenizer(), name=f"planted-{seed}")
+        return LM(LlamaForCausalLM(config).float().eval(), tokenizer(endless), name=f"planted-{seed}")
 
 
 def prompts(n: int, seed: int = 0) -> list[Example]:
