@@ -273,7 +273,16 @@ def test_all_comparisons_of_a_ranked_list():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"beta": 1e-4}, {"w": -0.1}, {"k": 0.0}, {"gamma": -1.0}, {"label_smoothing": 1.0}, {"mode": "x"}, {"sft": "x"}],
+    [
+        {"beta": 1e-4},
+        {"beta": INF},
+        {"w": -0.1},
+        {"k": 0.0},
+        {"gamma": -1.0},
+        {"label_smoothing": 1.0},
+        {"mode": "x"},
+        {"sft": "x"},
+    ],
 )
 def test_options(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

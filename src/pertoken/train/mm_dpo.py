@@ -117,8 +117,8 @@ class MMDPO:
     models: ClassVar[tuple[str, ...]] = ("reference",)
 
     def __post_init__(self) -> None:
-        if not self.beta >= FLOOR:
-            raise ValueError(f"beta={self.beta} is below {FLOOR}, under which no pair's beta falls; raise it")
+        if not FLOOR <= self.beta < math.inf:
+            raise ValueError(f"beta={self.beta} must be finite and at least {FLOOR}, below which no pair's beta falls")
         for name in ("w", "gamma", "dpo_alpha"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
