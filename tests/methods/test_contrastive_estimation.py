@@ -83,6 +83,11 @@ def test_minus_infinity_is_outside_of_both_supports():
         contrastive_logps(tensor(0.0, -INF), tensor(-INF, 0.0))
 
 
+def test_a_broken_models_logits_are_not_taken_for_missing_support():
+    for z_p, z_q in ((tensor(math.nan, 1.0, 2.0), tensor(0.0, 1.0, 2.0)), (tensor(0.0, 1.0), tensor(math.nan, 1.0))):
+        assert contrastive_logps(z_p, z_q).isnan().all()
+
+
 def test_half_precision_is_subtracted_in_float32():
     z_p, z_q = torch.tensor([60.0, 59.75]).bfloat16(), torch.tensor([-20.0, -20.25]).bfloat16()
     s = contrastive_logps(z_p, z_q)
@@ -147,8 +152,11 @@ def test_bad_input():
             ContrastiveEstimation(**given).score(TRACES)
     with pytest.raises(ValueError, match="contrast=-1"):
         ContrastiveEstimation(contrast=-1.0)
-    with pytest.raises(ValueError, match="b=nan"):
-        contrastive_logps(torch.zeros(2), torch.zeros(2), float("nan"))
+    for b in ("nan", "inf"):
+        with pytest.raises(ValueError, match=f"contrast={b}"):
+            ContrastiveEstimation(contrast=float(b))
+        with pytest.raises(ValueError, match=f"b={b}"):
+            contrastive_logps(torch.zeros(2), torch.zeros(2), float(b))
     stranger = tiny.LM(tiny.llama(vocab=300), tiny.tokenizer(vocab=300), name="stranger")
     with pytest.raises(ValueError, match="different tokenizers"):
         score(reference=stranger)

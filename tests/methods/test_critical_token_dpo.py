@@ -398,7 +398,7 @@ def test_a_run_from_data_to_model(run):
 
 
 def test_options():
-    wrongs: list[dict[str, Any]] = [{"beta": 0.0}, {"reduction": "mean"}]
+    wrongs: list[dict[str, Any]] = [{"beta": 0.0}, {"beta": math.inf}, {"reduction": "mean"}]
     for wrong in wrongs:
         with pytest.raises(ValueError, match=next(iter(wrong))):
             CriticalTokenDPO(**wrong)

@@ -223,6 +223,11 @@ def test_prepare_standardises_without_a_shift():
 def test_prepare_with_a_missing_column_or_number():
     with pytest.raises(ValueError, match="score_chosen"):
         Prepared([(2.0, 1.0), None])
+    run = Prepared([(2.0, 1.0), (0.0, 1.0)], held=[None])  # people's own labels may be what is held out
+    assert run.betas[2] == 0.1 and any("1 pairs have no finite delta (row 2 first)" in line for line in run.said)
+    MMDPO().check(run.every)
+    with pytest.raises(ValueError, match="row 2 has no scores"):
+        MMDPO().check(run.held_out)
     run = Prepared([(NAN, 1.0), (2.0, 1.0), (INF, 1.0), (0.0, 1.0)])
     assert run.betas[0] == run.betas[2] == 0.1 and run.betas[1] > 0.1 > run.betas[3]
     assert sum("2 pairs have no finite delta (row 0 first)" in line for line in run.said) == 1
@@ -268,7 +273,16 @@ def test_all_comparisons_of_a_ranked_list():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"beta": 1e-4}, {"w": -0.1}, {"k": 0.0}, {"gamma": -1.0}, {"label_smoothing": 1.0}, {"mode": "x"}, {"sft": "x"}],
+    [
+        {"beta": 1e-4},
+        {"beta": INF},
+        {"w": -0.1},
+        {"k": 0.0},
+        {"gamma": -1.0},
+        {"label_smoothing": 1.0},
+        {"mode": "x"},
+        {"sft": "x"},
+    ],
 )
 def test_options(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

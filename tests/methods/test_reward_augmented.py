@@ -147,6 +147,22 @@ def test_calling_twice_is_refused():
             augment(bare, goal)
 
 
+def test_only_a_goal_looks_like_a_goal():
+    """A short sentence is in many prompts but for its number."""
+    for sentence in ("{goal}", "{goal}:", "Aim: {goal}"):
+        goal, data = Goal(sentence=sentence), [pair(prompt="Aim: a question? Why")]
+        rows, _ = augment(data, goal, aspects=("style", "truth"))
+        for made in (rows, augment(data, goal)[0], augment([pair(scores=(7.25, 1.5))], goal)[0]):
+            with pytest.raises(ValueError, match="has a goal already"):
+                augment([dataclasses.replace(r, extra={}) for r in made], goal)
+
+
+def test_an_empty_user_turn_comes_back():
+    data = [pair(prompt=""), pair(prompt=({"role": "user", "content": ""},))]
+    rows, _ = augment(data, dataclasses.replace(USER, separator=""))
+    assert list(map(content, strip(rows))) == [content(e) for e in data for _ in range(2)]
+
+
 def test_ties():
     data = [pair(0), pair(1, (6.0, 6.0)), pair(2)]
     rows, report = augment(data, SHORT)
@@ -393,13 +409,25 @@ def test_loss_is_dpos():
 
 def test_without_sentence_no_goal():
     assert RewardAugmented().beta == 0.01 and RewardAugmented().label_smoothing == 0
-    for wrong in ({"beta": 0.0}, {"label_smoothing": 0.5}, {"order": "x"}, {"tie": "x"}, {"disagreement": "x"}):
+    for wrong in (
+        {"beta": 0.0},
+        {"beta": math.inf},
+        {"label_smoothing": 0.5},
+        {"order": "x"},
+        {"tie": "x"},
+        {"disagreement": "x"},
+    ):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             RewardAugmented(**wrong)
-    for options in ({"sentence": "be good"}, {"low": 10.0}, {"place": "x"}):
+    for options in ({"sentence": "be good"}, {"low": 10.0}, {"high": math.inf}, {"place": "x"}):
         with pytest.raises(ValueError, match=r"goal|low|place"):
             Goal(**options)
-    with pytest.raises(ValueError, match="leave no scale"):
-        Scoring(worst=1.0, best=1.0)
+    for sentence in ("aim {goal} {x}", "aim {goal} {", "aim {goal} {}"):
+        with pytest.raises(ValueError, match="braces other"):
+            Goal(sentence=sentence)
+    assert Goal(sentence="aim {goal} of {{10}}").say(7.0) == "aim 7 of {10}"
+    for best in (1.0, math.inf):
+        with pytest.raises(ValueError, match="leave no scale"):
+            Scoring(worst=1.0, best=best)
     with pytest.raises(ValueError, match="leave out the scorer"):
         RewardAugmented(aspects=("style",), scoring=Scoring(score_with="vader"))

@@ -18,6 +18,7 @@ masked (there -inf in z_q becomes +inf).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -49,14 +50,14 @@ def contrastive_logps(z_p: Tensor, z_q: Tensor, b: float = 1.0) -> Tensor:
             f"logits over {z_p.shape[-1]} and {z_q.shape[-1]} tokens cannot be subtracted; take two models of one "
             "tokenizer and one vocabulary"
         )
-    if not b >= 0:
-        raise ValueError(f"b={b} must be at least 0; to swap the models' parts, swap the models")
+    if not 0 <= b < math.inf:
+        raise ValueError(f"b={b} must be at least 0 and finite; to swap the models' parts, swap the models")
     if z_p.dtype not in (torch.float32, torch.float64):
         z_p = z_p.float()
     if b == 0:  # not 0 * z_q, which is NaN where q has no support
         return torch.log_softmax(z_p, -1)
     z_q = z_q.to(z_p.dtype)
-    both = (z_p > -torch.inf) & (z_q > -torch.inf)
+    both = (z_p != -torch.inf) & (z_q != -torch.inf)  # NaN stays in, so that a broken model is not hidden
     if not bool(both.any(-1).all()):
         raise ValueError("at some position no token has a finite logit in both models; do not mask their vocabularies")
     zero = torch.zeros((), dtype=z_p.dtype, device=z_p.device)
@@ -81,8 +82,10 @@ class ContrastiveEstimation:
     """q, the negative model: the base fine-tuned on incorrect responses."""
 
     def __post_init__(self) -> None:
-        if not self.contrast >= 0:
-            raise ValueError(f"contrast={self.contrast} must be at least 0; to swap the models' parts, swap the models")
+        if not 0 <= self.contrast < math.inf:
+            raise ValueError(
+                f"contrast={self.contrast} must be at least 0 and finite; to swap the models' parts, swap the models"
+            )
 
     def score(self, items: Sequence[Trace]) -> list[Credit]:
         """Credit of kind probability over the completion of each trace, in order.

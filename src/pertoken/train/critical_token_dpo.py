@@ -103,7 +103,7 @@ class Estimation:
     """Updates in which the rate rises; too many for small data, where p and q then hardly learn."""
 
     def __post_init__(self) -> None:
-        if not (self.contrast >= 0 and self.ce_lora >= 0 and self.ce_lr > 0 and self.ce_epochs > 0):
+        if not (0 <= self.contrast < np.inf and self.ce_lora >= 0 and self.ce_lr > 0 and self.ce_epochs > 0):
             raise ValueError(f"{self}: contrast and ce_lora at least 0, ce_lr and ce_epochs above 0 are needed")
         if not (self.ce_batch_size >= 1 and self.ce_warmup_steps >= 0):
             raise ValueError(f"{self}: ce_batch_size at least 1 and ce_warmup_steps at least 0 are needed")
@@ -137,8 +137,8 @@ class CriticalTokenDPO:
     models: ClassVar[tuple[str, ...]] = ("reference",)
 
     def __post_init__(self) -> None:
-        if not self.beta > 0:
-            raise ValueError(f"beta={self.beta} must be above 0")
+        if not 0 < self.beta < np.inf:
+            raise ValueError(f"beta={self.beta} must be above 0 and finite")
         if self.reduction not in ("sequence", "position"):
             raise ValueError(f"reduction={self.reduction!r} is not one of sequence, position")
         if self.startup is not None and not isinstance(self.startup, StartupData):

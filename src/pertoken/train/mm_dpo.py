@@ -20,7 +20,7 @@ the policy's own margins m and a random 80 % of them, likelier near the mean; in
 
 Differs from the authors' code: its L_SFT is one mean over all chosen tokens of a batch (`sft="batch"`); its
 ``label_smoothing`` is 1 for none, here 0; a pair without a score gets its factor 1 (beta_ori (1 + w)), here a missing
-column is refused and a NaN counts as delta = 0 (beta_ori). delta has no bound there.
+column is refused and a NaN, or a held-out pair without one, has delta = 0 (beta_ori). delta has no bound there.
 """
 
 from __future__ import annotations
@@ -117,8 +117,8 @@ class MMDPO:
     models: ClassVar[tuple[str, ...]] = ("reference",)
 
     def __post_init__(self) -> None:
-        if not self.beta >= FLOOR:
-            raise ValueError(f"beta={self.beta} is below {FLOOR}, under which no pair's beta falls; raise it")
+        if not FLOOR <= self.beta < math.inf:
+            raise ValueError(f"beta={self.beta} must be finite and at least {FLOOR}, below which no pair's beta falls")
         for name in ("w", "gamma", "dpo_alpha"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
@@ -154,19 +154,20 @@ class MMDPO:
         return Draws() if self.mode == "batch_beta" else None
 
     def check(self, groups: Sequence[Group]) -> None:
-        """Refuse pairs without scores, before anything runs."""
-        for group in groups if self.mode == "reward_margin" else ():
-            _delta(group)
+        """Refuse data without any scores, before anything runs; held-out pairs alone need none."""
+        bare = self.mode == "reward_margin" and all(g.example.scores is None for g in groups)
+        for group in groups[:bare]:
+            _delta(group, trains=True)
 
     def prepare(self, run: Preparation) -> None:
         """Give every group the column ``beta``, and report how the reward model sees the labels.
 
         Raises:
-            ValueError: a pair without scores; no pair left; equal deltas that are to be standardised.
+            ValueError: a training pair without scores; no pair left; equal deltas that are to be standardised.
         """
         if self.mode == "batch_beta":
             return
-        deltas = np.array([_delta(g) for g in run.every])
+        deltas = np.array([_delta(g, trains=i < len(run.groups)) for i, g in enumerate(run.every)])
         train, finite = deltas[: len(run.groups)], np.isfinite(deltas)
         known = train[np.isfinite(train)]
         if len(missing := np.flatnonzero(~finite)):
@@ -215,9 +216,8 @@ class MMDPO:
         sft_B = self._per_batch(nll_B, stats["policy"].lengths()[batch.chosen], batch) if self.sft == "batch" else nll_B
         losses_B = preference_B + self.gamma * sft_B if self.gamma else preference_B
         result = pair_loss(losses_B, self.beta * u_N.detach(), stats, batch)
-        n = float(len(margin_B))
-        result.metrics["beta/mean"] = (beta_B.sum(), n)
-        result.metrics["sft/chosen"] = (sft_B.detach().sum(), n)
+        result.metrics["beta/mean"] = (beta_B.sum(), result.count)
+        result.metrics["sft/chosen"] = (sft_B.detach().sum(), result.count)
         return result
 
     def _beta(self, margin_B: Tensor, batch: Batch, state: nn.Module | None) -> Tensor:
@@ -237,8 +237,8 @@ class MMDPO:
         return nll_B * length_B * (pairs / tokens.clamp(min=1))
 
 
-def _delta(group: Group) -> float:
-    scores = group.example.scores
+def _delta(group: Group, *, trains: bool) -> float:
+    scores = group.example.scores if trains else group.example.scores or (math.nan, math.nan)
     if scores is None:
         raise ValueError(
             f"row {group.example.row} has no scores; MM-DPO needs a reward model's: columns score_chosen and "

@@ -55,7 +55,7 @@ class Scoring:
     """Its value that becomes the highest; values beyond are put at the end of the scale and counted."""
 
     def __post_init__(self) -> None:
-        if self.worst == self.best:
+        if not 0 < abs(self.best - self.worst) < np.inf:
             raise ValueError(f"worst={self.worst} and best={self.best} leave no scale; give the scorer's range")
 
 
@@ -88,8 +88,8 @@ class RewardAugmented:
     models: ClassVar[tuple[str, ...]] = ("reference",)
 
     def __post_init__(self) -> None:
-        if not self.beta > 0:
-            raise ValueError(f"beta={self.beta} must be above 0")
+        if not 0 < self.beta < np.inf:
+            raise ValueError(f"beta={self.beta} must be above 0 and finite")
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing={self.label_smoothing} is a share of flipped rows: from 0 to below 0.5")
         plan([], self.goal, required=False, **self._choices())

@@ -164,7 +164,7 @@ def strip(rows: Sequence[Example]) -> list[Example]:
         front, prompt = record["said"] + record["separator"], []
         for m in turns_of(row.prompt):
             ours = bool(front) and m["role"] in ("system", "user") and m["content"].startswith(record["said"])
-            if not ours or m["content"] != record["said"]:  # a system turn of our own goes
+            if not ours or m["content"] != record["said"] or m["role"] == "user":  # a system turn of our own goes
                 prompt.append(m | {"content": m["content"].removeprefix(front)} if ours else m)
             front = "" if ours else front  # one goal, once
         extra = {k: v for k, v in row.extra.items() if k not in (PINNED, RECORD)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,8 +36,15 @@ class Goal:
             raise ValueError(f"place={self.place!r} is not one of auto, system, user")
         if "{goal}" not in self.sentence:
             raise ValueError(f"the goal sentence {self.sentence!r} says no goal; write {{goal}} into it")
-        if not self.low < self.high:
-            raise ValueError(f"low={self.low} must be below high={self.high}")
+        if not -math.inf < self.low < self.high < math.inf:
+            raise ValueError(f"low={self.low} must be below high={self.high}, both finite")
+        try:
+            self.say(self.high)
+        except (LookupError, ValueError) as error:
+            raise ValueError(
+                f"the goal sentence {self.sentence!r} holds braces other than {{goal}}, {{low}}, {{high}}; leave "
+                "them out, or double them"
+            ) from error
 
     def say(self, score: Score, aspects: Sequence[str] = ()) -> str:
         """The goal sentence: integral scores as integers, others as they are; several as "aspect score, ..."."""
@@ -65,7 +73,7 @@ class Goal:
     def stands_in(self, prompt: Text) -> bool:
         """Whether a prompt has a goal already, of this sentence."""
         parts = [part.format(low=number(self.low), high=number(self.high)) for part in self.sentence.split("{goal}")]
-        pattern = re.compile(r"[\w .,:-]{1,200}?".join(map(re.escape, parts)))
+        pattern = re.compile(r"(?:[\w .,:-]{0,200}? )?-?\d[\d.e+-]*".join(map(re.escape, parts)))  # ends in a number
         return any(pattern.match(m["content"]) for m in turns_of(prompt) if m["role"] in ("system", "user"))
 
 
