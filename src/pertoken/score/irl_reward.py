@@ -117,14 +117,15 @@ class IRLReward:
         demonstrations: Sequence[Trace],
         pools: Sequence[Sequence[Trace]],
         *,
-        draw: Callable[[int, IRLReward], Sequence[Sequence[Trace]]] | None = None,
+        draw: Callable[[int, IRLReward, list[int]], Sequence[Sequence[Trace]]] | None = None,
         say: Callable[[str], None] = lambda line: None,
     ) -> IRLReward:
         """Fit a head a category (of ``meta["category"]``; one, if no row names any).
 
         Args:
             demonstrations: good responses. pools: for each, K samples of the reference to the same prompt.
-            draw: for ``irl_policy="grpo"``: (round, the reward so far) -> samples of the current policy, as `pools`.
+            draw: for ``irl_policy="grpo"``: (round, the reward so far, indices of demonstrations of one category) -> samples
+                of the current policy for these.
 
         Raises:
             ValueError: pools of several sizes, or not one a demonstration; some rows without a category; nothing
@@ -147,8 +148,7 @@ class IRLReward:
             def samples(number: int, head: RewardHead, rows: list[int] = rows, name: str = name) -> Tensor:
                 if self.irl.irl_policy == "pool" or number == 0 or draw is None:
                     return pool_PKF[rows] if self.irl.irl_policy == "pool" else pool_PKF[rows][:, :1]
-                drawn = draw(number, dataclasses.replace(self, heads={name: copy_of(head)}))
-                return self._stacked([drawn[i] for i in rows])
+                return self._stacked(draw(number, dataclasses.replace(self, heads={name: copy_of(head)}), rows))
 
             keys = [demonstrations[i].prompt_ids for i in rows]
             heads[name], record[name] = fit_reward(demo_PF[rows], samples, self.irl, groups=keys, say=say)

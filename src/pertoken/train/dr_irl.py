@@ -146,24 +146,25 @@ class DRIRL:
         if self.reward_folder:
             return run.reward_by({"irl": run.scorer("irl-reward", folder=self.reward_folder, encoder=phi, lm=frozen)})
         blank: Any = run.scorer("irl-reward", irl=self.irl, encoder=phi, lm=frozen)
-        prompts = [g.prompt_ids for g in run.groups]
+        every, now = list(range(len(run.groups))), {"lm": run.policy}
 
-        def answers(lm: Any, n: int, seed: int) -> list[list[Trace]]:
-            drawn = sample(lm, prompts, n, dataclasses.replace(self.rollouts.sampling, temperature=1.0), seed=seed)
-            return [[with_row(g, t) for t in some] for g, some in zip(run.groups, drawn, strict=True)]
+        def answers(lm: Any, rows: list[int], n: int, seed: int) -> list[list[Trace]]:
+            how, some = dataclasses.replace(self.rollouts.sampling, temperature=1.0), [run.groups[i] for i in rows]
+            drawn = sample(lm, [g.prompt_ids for g in some], n, how, seed=seed)
+            return [[with_row(g, t) for t in traces] for g, traces in zip(some, drawn, strict=True)]
 
-        now = {"lm": run.policy}
-
-        def draw(number: int, rewards: Any) -> list[list[Trace]]:
+        def draw(number: int, rewards: Any, rows: list[int]) -> list[list[Trace]]:
             judge = {"scorer": rewards, "policy_loss": PolicyLoss(kl_loss=self.irl.irl_beta), "rollouts": self.rollouts}
-            bare = [dataclasses.replace(g, traces=(), columns={}) for g in run.groups]
-            steps = {"steps": self.irl.irl_policy_steps}
-            now["lm"] = run.train("grpo", on=bare, config=steps, start=now["lm"], **judge)
-            return answers(now["lm"], 1, self.irl.irl_seed + number)
+            bare = [dataclasses.replace(run.groups[i], traces=(), columns={}) for i in rows]
+            steps, before = {"steps": self.irl.irl_policy_steps}, now["lm"] if number > 1 else run.policy
+            now["lm"] = run.train("grpo", on=bare, config=steps, start=before, **judge)
+            return answers(now["lm"], rows, 1, self.irl.irl_seed + number)
 
         def make(folder: Path) -> None:
             demos = [demonstration(run.policy, g) for g in run.groups]
-            pool = answers(run.policy, self.irl.irl_pool if self.irl.irl_policy == "pool" else 1, self.irl.irl_seed)
+            pool = answers(
+                run.policy, every, self.irl.irl_pool if self.irl.irl_policy == "pool" else 1, self.irl.irl_seed
+            )
             blank.fit(demos, pool, draw=draw, say=run.report).save(folder)
 
         inputs = {"rewards": blank.identity(), "data": run.data_key(), "policy": run.policy.identity()}
