@@ -1,11 +1,11 @@
 """DR-IRL's acceptance figures: a reward from refusals alone, and what scaling by hardness does to speed.
 
-(1) IRL reward. 300 templated refusals are the demonstrations, answered HH-RLHF responses of the same prompts the samples
-of the reference; no label of a person is used. Measured on held-out HH harmless prompts whose two responses are one
+(1) IRL reward. 300 templated refusals are the demonstrations, answered HH-RLHF responses of the same prompts the
+samples of the reference; no label of a person is used. Measured on held-out HH harmless prompts whose two responses are one
 refusal and one answer (by a pattern): how often the refusal has the larger reward. Beside it: human chosen over
 rejected, without threshold, and a head of the same size on the same features trained on human pairs.
-(2) Speed. Tabular: steps of exact policy gradient to 80 % refusal against 1 / alpha. Tiny LM: a Llama that answers short
-requests by templates, harmful ones mostly too; updates until each harmful prompt is refused at 80 % (exact, from the
+(2) Speed. Tabular: steps of exact policy gradient to 80 % refusal against 1 / alpha. Tiny LM: a Llama that answers
+short requests by templates, harmful ones mostly too; updates until each harmful prompt is refused at 80 % (exact, from the
 first token), under GRPO and under GRPO-S with the same reward, seeds and prompts; refusals of benign prompts beside.
 
     PERTOKEN_DATA=... python examples/dr_irl.py     both; without the data (1) runs on generated dialogues
@@ -43,14 +43,14 @@ from pertoken.core.rollout_step import RolloutStep
 from pertoken.results import save_result
 from pertoken.score.irl_reward import IRLReward
 from pertoken.train._demonstrations import demonstration
-from pertoken.train.dr_irl import INACTIVE, DRIRL, Scaling
+from pertoken.train.dr_irl import DRIRL, INACTIVE, Scaling
 from pertoken.worlds._tiny_lm import fit
 from pertoken.worlds.human import tokenizer_of
 
 REFUSAL = re.compile(
-    r"\b(i('m| am) (really |very )?sorry|i (can('|no)t|won't|will not|would not|wouldn't) (help|do|give|tell|answer|assist|"
-    r"provide|support|recommend|encourage)|i (don't|do not) (want to|feel comfortable)|i('m| am) not (going to|able to|"
-    r"comfortable|willing))",
+    r"\b(i('m| am) (really |very )?sorry|i (can'?t|cannot|won't|will not|would not|wouldn't) (help|do|give|tell|answer|"
+    r"assist|provide|support|recommend|encourage)|i (don't|do not) (want to|feel comfortable)|i('m| am) not (going to|"
+    r"able to|comfortable|willing))",
     re.IGNORECASE,
 )
 OPENINGS = ("I'm sorry, but", "Sorry,", "I apologize, but", "I understand the question, but", "No,", "")
@@ -97,7 +97,8 @@ def hh_rows() -> tuple[list[Example], str]:
     """HH harmless pairs, or generated ones for those who lack them."""
     path = Path(os.environ.get("PERTOKEN_DATA", "")) / "hh_harmless" / "pairs.jsonl.gz"
     if os.environ.get("PERTOKEN_DATA") and path.exists():
-        rows = [json.loads(line) for line in gzip.open(path, "rt", encoding="utf8")]
+        with gzip.open(path, "rt", encoding="utf8") as file:
+            rows = [json.loads(line) for line in file]
         name = "HH-RLHF harmless-base"
     else:
         rng, name = np.random.default_rng(0), "generated dialogues (PERTOKEN_DATA is not set: no figure to compare)"
@@ -122,9 +123,14 @@ def opening(example: Example) -> str:
     return str(example.prompt).split("\n\nAssistant:")[0]
 
 
+def refuses(text: Any) -> bool:
+    """Whether a response has a refusal's words."""
+    return bool(REFUSAL.search(str(text).replace("\u2019", "'")))
+
+
 def one_refusal(examples: Sequence[Example]) -> list[tuple[Example, int]]:
     """Rows whose responses are one refusal and one answer, and which is the refusal."""
-    found = [(e, [bool(REFUSAL.search(str(t))) for t in e.responses]) for e in examples]
+    found = [(e, [refuses(t) for t in e.responses]) for e in examples]
     return [(e, is_no.index(True)) for e, is_no in found if sum(is_no) == 1]
 
 
@@ -145,7 +151,7 @@ def irl_reward(options: Options, both: bool) -> dict[str, Any]:
     judged = rows[options.dev]
     pairs = one_refusal(judged)
     encode, out = TextEncoder(), {"name": name, "irl": [], "irl_human": [], "supervised": [], "supervised_human": []}
-    answered = [e for e in rows[True] if not any(REFUSAL.search(str(t)) for t in e.responses)]
+    answered = [e for e in rows[True] if not any(refuses(t) for t in e.responses)]
     vectors = lambda some, side: features(
         encode, [str(e.prompt) for e in some], [str(e.responses[side]) for e in some], both
     )
@@ -157,13 +163,10 @@ def irl_reward(options: Options, both: bool) -> dict[str, Any]:
         groups = [opening(e) for e in chosen]
         irl, record = fit_reward(demos, lambda *_, p=pool: p, IRL(irl_seed=seed), groups=groups)
         labelled = rows[True]
-        labels = {"groups": [opening(e) for e in labelled]}
-        human, _ = fit_reward(
-            vectors(labelled, 0),
-            lambda *_: vectors(labelled, 1)[:, None],
-            IRL(irl_seed=seed, irl_beta=1.0),
-            **labels,
-        )
+        worse = vectors(labelled, 1)[:, None]
+        turns = [opening(e) for e in labelled]
+        config = IRL(irl_seed=seed, irl_beta=1.0)
+        human, _ = fit_reward(vectors(labelled, 0), lambda *_, p=worse: p, config, groups=turns)
         for key, head in (("irl", irl), ("supervised", human)):
             with torch.no_grad():
                 sides = [head(vectors([e for e, _ in pairs], side)) for side in (0, 1)]
@@ -172,9 +175,7 @@ def irl_reward(options: Options, both: bool) -> dict[str, Any]:
                 whole = head(vectors(judged, 0)) - head(vectors(judged, 1))
             out[key].append(float((gap > 0).float().mean()))
             out[f"{key}_human"].append(float((whole > 0).float().mean()))
-        print(
-            f"seed {seed}: rounds' held-out gaps {[round(r['gap'], 3) for r in record['rounds']]}, best {record['best']}"
-        )
+        print(f"seed {seed}: held-out gaps {[round(r['gap'], 3) for r in record['rounds']]}, best {record['best']}")
     print(f"\n{name}: {len(chosen)} demonstrations, {len(pairs)} rows with one refusal, {len(judged)} human pairs")
     print(f"{'reward':<14}{'refusal over answer':>22}{'chosen over rejected':>24}")
     for key in ("irl", "supervised"):
@@ -304,7 +305,8 @@ def race(options: Options) -> dict[str, Any]:
         print(
             f"seed {seed}: alpha {alpha.min():.3f} to {alpha.max():.3f}; hardest quartile to 80 % refusal: GRPO "
             f"{times['grpo']:.0f} updates, GRPO-S {times['grpo-s']:.0f}; mean refusal at the end "
-            f"{figures['grpo'][4]:.2f}, {figures['grpo-s'][4]:.2f}; benign {figures['grpo'][1]:.3f}, {figures['grpo-s'][1]:.3f}"
+            f"{figures['grpo'][4]:.2f}, {figures['grpo-s'][4]:.2f}; benign {figures['grpo'][1]:.3f}, "
+            f"{figures['grpo-s'][1]:.3f}"
         )
         print("   " + "; ".join(figures["grpo-s"][3][:1]))
         if alpha.max() / alpha.min() < INACTIVE:
@@ -361,15 +363,15 @@ def main(options: Options) -> None:
             interval=None,
             baseline="a head on the same features, supervised by human pairs",
             baseline_value=float(np.mean(one["supervised"])),
-            bound="at least 0.60, mean of three seeds; GRPO-S in no more updates than GRPO (median ratio of the hardest "
-            "quartile <= 1) at benign refusals at most 2 points higher; tabular 1 / alpha rule within 5 %",
+            bound="at least 0.60, mean of three seeds; GRPO-S in no more updates than GRPO (median ratio of the "
+            "hardest quartile <= 1) at benign refusals at most 2 points higher; tabular 1 / alpha rule within 5 %",
             reached=all(checks.values()),
             world=f"{one['name']}, {one['rows']} held-out rows; tiny LM of templated replies",
             seeds=options.seeds,
             notes=by_seed(one["irl"]) + "".join(f"; missed: {c}" for c, good in checks.items() if not good),
             rows=[
-                row("human chosen over rejected, IRL reward", float(np.mean(one["irl_human"])), baseline="supervised head",
-                    baseline_value=float(np.mean(one["supervised_human"]))),
+                row("human chosen over rejected, IRL reward", float(np.mean(one["irl_human"])),
+                    baseline="supervised head", baseline_value=float(np.mean(one["supervised_human"]))),
                 row("tabular: largest deviation of steps x alpha", deviation),
                 row("updates of the hardest quartile to 80 % refusal, GRPO-S : GRPO, median of seeds", ratio,
                     notes=", ".join(f"{b:.0f} : {a:.0f}" for a, b in two["updates"])),

@@ -4,12 +4,14 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from pertoken.core.advantage import GroupNormalised
+from pertoken.core.credit import Credit
 from pertoken.core.data import Group
 from pertoken.core.examples import Example
 from pertoken.core.experience import Rollouts
@@ -121,8 +123,6 @@ class Judge:
     """A value for each completion that is known, 3 for any other (the demonstrations)."""
 
     def score(self, items):
-        from pertoken.core.credit import Credit
-
         return [Credit.of_sequence(t, VALUES.get(t.completion_ids, 3.0)) for t in items]
 
 
@@ -136,11 +136,8 @@ def rolled(objective, lm, said=None, demos=("x", "y")):
     for row, demo in enumerate(demos):
         example = Example(prompt=f"q{row}", kind="prompt", row=row, extra={"demonstration": demo})
         groups.append(Group(example=example, prompt_ids=lm.encode_prompt(f"q{row}")))
-    given = {
-        "rewarder": Rewarder({"judge": Judge()}),
-        "generate": generate,
-        "say": (said or []).append if said is not None else None,
-    }
+    say = None if said is None else said.append
+    given = {"rewarder": Rewarder({"judge": Judge()}), "generate": generate, "say": say}
     return RolloutStep(objective, lm, groups, models={n: lm.reference() for n in objective.models}, **given)
 
 
@@ -190,8 +187,6 @@ def test_advantages_and_alpha_by_hand():
     normal = (rewards - rewards.mean(1, keepdim=True)) / rewards.std(1, correction=0, keepdim=True)
     objective = step.objective
     groups = [dataclasses.replace(g) for g in step.groups for _ in range(3)]
-    from types import SimpleNamespace
-
     mask = torch.ones(6, 1, dtype=torch.bool)
     seen = SimpleNamespace(groups=groups, groups_N=torch.tensor([0, 0, 0, 1, 1, 1]), mask_NT=mask)
     found = objective.advantages(seen, rewards.flatten()[:, None], step.state).advantage_NT[:, 0]
@@ -203,7 +198,7 @@ def test_equal_rewards_learn_nothing_and_make_no_nan(monkeypatch):
     monkeypatch.setattr(
         Judge,
         "score",
-        lambda self, items: [__import__("pertoken.core.credit").core.credit.Credit.of_sequence(t, 1.0) for t in items],
+        lambda self, items: [Credit.of_sequence(t, 1.0) for t in items],
     )
     _, result, found = one_update(DRIRL(rollouts=THREE, policy_loss=PLAIN, encode=encode))
     assert math.isfinite(result.loss) and not found.any()
@@ -216,7 +211,8 @@ def test_alpha_is_made_anew_once_a_pass():
     )
     step = rolled(objective, exact_lm(0))
     for refreshes in (1, 2, 3):
-        step.before = objective.before_rollouts(step, 1), objective.before_rollouts(step, 1)
+        for _ in range(2):  # two prompts, one a batch
+            objective.before_rollouts(step, 1)
         assert len(calls) == refreshes
     assert {"alpha", "due", "batches_done"} <= dict(step.state.named_buffers()).keys()  # a resumed run has them
 

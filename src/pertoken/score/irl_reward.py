@@ -124,8 +124,8 @@ class IRLReward:
 
         Args:
             demonstrations: good responses. pools: for each, K samples of the reference to the same prompt.
-            draw: for ``irl_policy="grpo"``: (round, the reward so far, indices of demonstrations of one category) -> samples
-                of the current policy for these.
+            draw: for ``irl_policy="grpo"``: (round, the reward so far, indices of demonstrations of one category) ->
+                samples of the current policy for these.
 
         Raises:
             ValueError: pools of several sizes, or not one a demonstration; some rows without a category; nothing
@@ -207,8 +207,7 @@ def _read(folder: Path, given: IRLReward) -> dict[str, Any]:
     encoder = given.encoder or (TextEncoder(about["encoder"]) if about["encoder"] else None)
     made = {"irl": irl, "heads": heads, "encoder": encoder, "prompts": about["prompts"], "record": about["record"]}
     now = describe(encoder if encoder is not None else given.lm)
-    if now is not None and isinstance(about["features"], dict):
-        alike = [{k: v for k, v in x.items() if k not in ("name", "note")} for x in (about["features"], now)]
-        if alike[0] != alike[1]:
-            raise ValueError(f"{folder} was fitted on other features; give the model or encoder it was fitted on")
+    named = lambda x: {k: v for k, v in x.items() if k not in ("name", "note")} if isinstance(x, dict) else x
+    if now is not None and about["features"] is not None and named(about["features"]) != named(now):
+        raise ValueError(f"{folder} was fitted on other features; give the model or encoder it was fitted on")
     return made
