@@ -1,12 +1,13 @@
 """DR-IRL's acceptance figures: a reward from refusals alone, and what scaling by hardness does to speed.
 
 (1) IRL reward. 300 templated refusals are the demonstrations, answered HH-RLHF responses of the same prompts the
-samples of the reference; no label of a person is used. Measured on held-out HH harmless prompts whose two responses are one
-refusal and one answer (by a pattern): how often the refusal has the larger reward. Beside it: human chosen over
-rejected, without threshold, and a head of the same size on the same features trained on human pairs.
+samples of the reference; no label of a person is used. Measured on held-out HH harmless prompts whose two responses
+are one refusal and one answer (by a pattern): how often the refusal has the larger reward. Beside it: human chosen
+over rejected, without threshold, and a head of the same size on the same features trained on human pairs.
 (2) Speed. Tabular: steps of exact policy gradient to 80 % refusal against 1 / alpha. Tiny LM: a Llama that answers
-short requests by templates, harmful ones mostly too; updates until each harmful prompt is refused at 80 % (exact, from the
-first token), under GRPO and under GRPO-S with the same reward, seeds and prompts; refusals of benign prompts beside.
+short requests by templates, harmful ones mostly too; updates until each harmful prompt is refused at 80 % (exact,
+from the first token), under GRPO and under GRPO-S with the same reward, seeds and prompts; refusals of benign prompts
+beside.
 
     PERTOKEN_DATA=... python examples/dr_irl.py     both; without the data (1) runs on generated dialogues
     python examples/dr_irl.py --dev                 (1) on development prompts, for the choice of features
