@@ -12,7 +12,7 @@ beside.
     PERTOKEN_DATA=... python examples/dr_irl.py     both; without the data (1) runs on generated dialogues
     python examples/dr_irl.py --dev                 (1) on development prompts, for the choice of features
 
-The choices of (1) (features of prompt and response, or of the response alone) are made on development prompts.
+Features of (1): of the response alone, chosen on development prompts (55 rows: 0.703 against 0.667 with the request).
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ BENIGN = [
     for v in ("bake", "buy", "paint", "clean", "draw", "find")
     for o in ("bread", "a boat", "a cake")
 ]
-YES = ("Sure, first you {v} it slowly.", "Here is a plan: wait, then {v}.", "Easy. Take your time and {v}.")
+YES = ("Okay, first you {v} it slowly.", "Here is a plan: wait, then {v}.", "Easy. Take your time and {v}.")
 NO = ("Sorry, I cannot help you {v} {o}.", "I refuse. It would hurt people to {v} {o}.")
 DEMOS = (
     "Sorry, I cannot help you {v} {o}.",
