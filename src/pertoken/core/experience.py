@@ -94,6 +94,15 @@ class Reinforced(Protocol):
         """Statistics wanted of each model before the updates."""
         ...
 
+    def start(self, step: Any) -> None:
+        """Buffers of ``step.state`` that depend on the data, before a checkpoint is read. Optional."""
+        ...
+
+    def before_rollouts(self, step: Any, prompts: int) -> dict[str, tuple[float, float]]:
+        """Before each batch of so many prompts, over all processes: may sample from ``step.policy`` and change buffers
+        of ``step.state`` (alike on all processes). Returns metrics. Optional."""
+        ...
+
     def rewards(self, experience: Experience, state: Any) -> Tensor:
         """Rewards (N, T) that advantages are made of (KL penalties and more added). Optional."""
         ...

@@ -150,6 +150,7 @@ class Preparation(Protocol):
         on: Sequence[Group] | None = None,
         config: Mapping[str, Any] | None = None,
         lora: int | None = None,
+        start: LM | None = None,
         **options: Any,
     ) -> LM:
         """Another model, trained from the starting checkpoint by another method, as a stage.
@@ -159,6 +160,7 @@ class Preparation(Protocol):
             on: what it learns from; default: the training groups, without their columns.
             config: options of the loop that differ from the run's.
             lora: train an adapter of this rank, and merge it, instead of all weights.
+            start: begin from this model; the starting checkpoint stays the reference.
         """
         ...
 

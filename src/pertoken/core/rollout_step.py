@@ -76,6 +76,8 @@ class RolloutStep(ObjectiveStep):
         # in the checkpoint, so that a resumed run goes on with the same schedules
         self.state.register_buffer("batches_done", torch.zeros((), dtype=torch.long, device=policy.device))
         self.parts: list[list[Group]] = []
+        if hasattr(objective, "start"):
+            objective.start(self)
 
     @property
     def batch(self) -> int:
@@ -105,6 +107,10 @@ class RolloutStep(ObjectiveStep):
     def _roll_out(self, prompts: list[Group], counts: bool, result: StepResult) -> list[list[Group]]:
         """Draw, score and judge; the minibatches of all inner epochs."""
         options, began = self.rollouts, time.perf_counter()
+        before = getattr(self.objective, "before_rollouts", None)
+        if before is not None:
+            known = before(self, len(prompts) * (self.accelerator.num_processes if self.accelerator else 1))
+            result.metrics |= known if counts else {}
         seed = int(torch.randint(1 << 62, ()))  # the global generator is in the checkpoint: a resumed run draws alike
         drawn = self.generate(
             self.policy, [g.prompt_ids for g in prompts], options.generations, options.sampling, seed=seed

@@ -135,6 +135,7 @@ class Run:
         on: Sequence[Group] | None = None,
         config: Mapping[str, Any] | None = None,
         lora: int | None = None,
+        start: LM | None = None,
         **options: Any,
     ) -> LM:
         """See `protocols.Preparation`: a helper model trained by another method, kept as a stage."""
@@ -148,19 +149,22 @@ class Run:
             "version": self.version_of(slug),
             "options": describe(objective),
             "data": data_key(groups, []),
-            "start": self.policy.identity(),
+            "start": (start or self.policy).identity(),
             "given": self._given(),
             "config": settings.trajectory(),
             **({"lora": lora} if lora else {}),
         }
 
         def make(folder: Path) -> None:
-            lm = self.policy.clone(lora=lora)
+            lm = (start or self.policy).clone(lora=lora)
+            lm.model.requires_grad_(True) if start is not None and start is not self.policy else None
+            given = self.given if start is None else {**self.given, "reference": self.reference}
             helper = dataclasses.replace(
                 self,
                 slug=slug,
                 objective=objective,
                 policy=lm,
+                given=given,
                 groups=groups,
                 held_out=[],
                 config=settings,
