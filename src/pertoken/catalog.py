@@ -91,6 +91,19 @@ _ROWS = (
         )
     ),
     Method(
+        "ma-rlhf",
+        "train",
+        "pertoken.train.ma_rlhf:MARLHF",
+        "PPO whose actions are macro actions: spans of tokens share one value, one advantage, one return",
+        system="ma-rlhf",
+        paper="2410.02743",
+        family="reinforcement",
+        level="span",
+        data="prompts",
+        models=("reference",),
+        stochastic=True,
+    ),
+    Method(
         "t-reg",
         "train",
         "pertoken.train.t_reg:TReg",
