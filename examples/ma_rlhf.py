@@ -29,7 +29,7 @@ import tyro
 
 from pertoken.core.advantage import GAE, Advantages
 from pertoken.core.critic import KLControl
-from pertoken.core.data import Group
+from pertoken.core.data import Example, Group
 from pertoken.core.experience import Experience, Rollouts
 from pertoken.core.loop import LoopConfig, fit
 from pertoken.core.rewarding import Rewarder
@@ -193,7 +193,7 @@ def save(options: Options, found: dict[str, Any], by_arm: dict[str, float], rati
         reached=good,
         world=f"planted, {LENGTH} letters, terminal reward, goal {GOAL:.2f}, budget {16 * options.batches} rollouts",
         seeds=options.seeds,
-        notes=f"medians; no KL penalty; against token PPO with lam^(1/5), whose decay a token is the same: {fair:.2f} x",
+        notes=f"medians; no KL penalty; against token PPO with lam^(1/5), of the same decay a token: {fair:.2f} x",
         rows=rows,
     )
 
@@ -203,6 +203,7 @@ def smollm2() -> None:
     from pertoken.core.lm import load
     from pertoken.core.rollout import Sampling
     from pertoken.score.vader import Vader
+    from pertoken.worlds.sentiment import messages
     from pertoken.worlds.sentiment import prompts as sentiment_prompts
 
     for name, (n, lam) in ARMS.items():
@@ -211,7 +212,8 @@ def smollm2() -> None:
         arm = objective(n, lam, [])
         sampling = Sampling(max_new_tokens=LENGTH, temperature=0.8, top_k=50)
         arm = dataclasses.replace(arm, rollouts=dataclasses.replace(arm.rollouts, sampling=sampling))
-        examples = sentiment_prompts()[:32]
+        texts = sentiment_prompts()["train"][:32]
+        examples = [Example(prompt=messages(text), kind="prompt", row=row) for row, text in enumerate(texts)]
         groups = [Group(example=e, prompt_ids=lm.encode_prompt(e.prompt)) for e in examples]
         step = RolloutStep(arm, lm, groups, rewarder=Rewarder({"vader": Vader()}), models={"reference": lm.reference()})
         config = LoopConfig(lr=1e-5, batch_size=8, steps=12, schedule="constant")

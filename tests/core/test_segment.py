@@ -171,7 +171,7 @@ def test_trees_of_packages():
 def test_a_parser_that_is_not_there_says_how_to_get_it(monkeypatch):
     real_parser.cache_clear()
     monkeypatch.setitem(sys.modules, "benepar", None)
-    with pytest.raises(ImportError, match="pip install benepar.*parser=clauses"):
+    with pytest.raises(ImportError, match=r"pip install benepar.*parser=clauses"):
         real_parser("benepar")
     with pytest.raises(ValueError, match="not one of clauses, benepar"):
         real_parser("stanford")

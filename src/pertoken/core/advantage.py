@@ -232,8 +232,8 @@ class GAE:
     def compute(self, rewards_NT: Tensor, values_NT: Tensor | None, groups_N: Tensor, mask_NT: Tensor) -> Advantages:
         """See `protocols.Advantage`; without values, those of a critic that says 0 (and no returns)."""
         values = torch.zeros_like(rewards_NT) if values_NT is None else values_NT
-        advantage_NT, return_NT = gae(rewards_NT, values, mask_NT, self.gamma, self.lam)
-        return Advantages(self.whitened(advantage_NT, mask_NT), None if values_NT is None else return_NT)
+        found = gae(rewards_NT, values, mask_NT, self.gamma, self.lam)
+        return Advantages(self.whitened(found.advantage_NT, mask_NT), None if values_NT is None else found.return_NT)
 
 
 @dataclass(frozen=True, kw_only=True)
