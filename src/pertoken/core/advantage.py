@@ -4,14 +4,16 @@ Everything takes rewards (N, T) of N completions, with what a sequence earned on
 tokens the policy emitted. Tokens that it did not emit (tool outputs) are passed over: the next state's value is that of
 the next emitted token. Where papers differ (whitening over what, which variance, an epsilon where), it is an option.
 
-GAE: Schulman et al., arXiv 1506.02438; GRPO: Shao et al., 2402.03300 (outcome and process supervision); without the
-standard deviation: Liu et al., 2503.20783; leave-one-out: Ahmadian et al., 2402.14740; REINFORCE++: Hu et al.,
-2501.03262.
+GAE: Schulman et al., arXiv 1506.02438; over macro actions: Chai et al., 2410.02743; GRPO: Shao et al., 2402.03300
+(outcome and process supervision); without the standard deviation: Liu et al., 2503.20783; leave-one-out: Ahmadian et
+al., 2402.14740; REINFORCE++: Hu et al., 2501.03262.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import torch
@@ -22,26 +24,102 @@ from .stats import masked_sum
 
 
 class Advantages(NamedTuple):
-    """Advantages (N, T), 0 where the mask does not hold; and the critic's targets (N, T), or None without a critic."""
+    """Advantages (N, T), 0 where the mask does not hold; and the critic's targets (N, T), or None without a critic.
+
+    An objective may add further columns (N, T) that its loss asks for, and figures as (sum, count) for the log.
+    """
 
     advantage_NT: Tensor
     return_NT: Tensor | None = None
+    columns: Mapping[str, Tensor] = MappingProxyType({})
+    metrics: Mapping[str, tuple[float, float]] = MappingProxyType({})
 
 
-def gae(rewards_NT: Tensor, values_NT: Tensor, mask_NT: Tensor, gamma: float = 1.0, lam: float = 0.95) -> Advantages:
+def gae(
+    rewards_NT: Tensor, values_NT: Tensor, mask_NT: Tensor, gamma: float | Tensor = 1.0, lam: float = 0.95
+) -> Advantages:
     """Generalised advantage estimates, not whitened, and returns = advantages + values.
 
     delta_t = r_t + gamma V_{t+1} - V_t,      A_t = delta_t + gamma lam A_{t+1},      V = A = 0 beyond the end
+
+    Args:
+        gamma: discount a step, or (N, T), float64: from each step to the next.
     """
+    gamma_NT, decay_NT = (
+        torch.as_tensor(g, dtype=torch.float64).to(rewards_NT).expand_as(rewards_NT) for g in (gamma, gamma * lam)
+    )
     advantage_NT = torch.zeros_like(rewards_NT)
     value_N, later_N = torch.zeros_like(rewards_NT[:, 0]), torch.zeros_like(rewards_NT[:, 0])
     for t in reversed(range(rewards_NT.shape[1])):
         here_N = mask_NT[:, t]
-        delta_N = rewards_NT[:, t] + gamma * value_N - values_NT[:, t]
-        later_N = torch.where(here_N, delta_N + gamma * lam * later_N, later_N)
+        delta_N = rewards_NT[:, t] + gamma_NT[:, t] * value_N - values_NT[:, t]
+        later_N = torch.where(here_N, delta_N + decay_NT[:, t] * later_N, later_N)
         value_N = torch.where(here_N, values_NT[:, t], value_N)
         advantage_NT[:, t] = torch.where(here_N, later_N, 0.0)
     return Advantages(advantage_NT, advantage_NT + torch.where(mask_NT, values_NT, 0.0))
+
+
+Sigma = Literal["equal", "unit", "position"]
+
+
+def macro_weights(macro_NT: Tensor, mask_NT: Tensor, how: Sigma = "equal", dtype: torch.dtype | None = None) -> Tensor:
+    """sigma: the weight of a token within its macro action, (N, T), 0 outside the mask; 1 in sum over a macro.
+
+    Args:
+        macro_NT: int64, the number of each token's macro, counted from 0 along the row (`segment.macro_ids`).
+        how: equal 1 / |omega|; unit: all on the last token; position: in proportion to 1/i for the i-th of a macro.
+    """
+    dtype = dtype or torch.get_default_dtype()
+    if how == "unit":
+        upto_NT = mask_NT.long().cumsum(1)
+        last_NT = torch.zeros_like(macro_NT).scatter_reduce(1, macro_NT, torch.where(mask_NT, upto_NT, 0), "amax")
+        return (mask_NT & (upto_NT == last_NT.gather(1, macro_NT))).to(dtype)
+    if how == "equal":
+        weight_NT = mask_NT.to(dtype)
+    else:
+        upto_NT = mask_NT.long().cumsum(1)
+        before_NT = torch.full_like(macro_NT, macro_NT.shape[1]).scatter_reduce(
+            1, macro_NT, torch.where(mask_NT, upto_NT - 1, macro_NT.shape[1]), "amin"
+        )
+        rank_NT = (upto_NT - before_NT.gather(1, macro_NT)).clamp(min=1)
+        weight_NT = torch.where(mask_NT, 1 / rank_NT.to(dtype), 0.0)
+    return torch.where(mask_NT, weight_NT / _macro_sums(weight_NT, macro_NT).gather(1, macro_NT), 0.0)
+
+
+def _macro_sums(values_NT: Tensor, macro_NT: Tensor) -> Tensor:
+    """Sums over macros, (N, T): the k-th column is the k-th macro's, 0 where there is none."""
+    return torch.zeros_like(values_NT).scatter_add(1, macro_NT, values_NT)
+
+
+def macro_gae(
+    rewards_NT: Tensor,
+    values_NT: Tensor,
+    macro_NT: Tensor,
+    mask_NT: Tensor,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    *,
+    sigma: Sigma = "equal",
+    per: Literal["macro", "token"] = "macro",
+) -> Advantages:
+    """`gae` over macro actions, each token having its macro's advantage and return; with single tokens it is `gae`.
+
+    r_tau = sum_i sigma_i r_i,    V_tau = sum_i sigma_i V_i,    delta_tau = r_tau + gamma V_{tau+1} - V_tau,
+    A_tau = delta_tau + gamma lam A_{tau+1},    R_tau = A_tau + V_tau
+
+    Args:
+        macro_NT: int64, the number of each token's macro, counted from 0 along the row; macros without a token that
+            was emitted are passed over.
+        sigma: see `macro_weights`; the same for rewards and values.
+        per: gamma discounts a macro, or each of its tokens (gamma^|omega| in place of gamma; lam stays one a macro).
+    """
+    sigma_NT = macro_weights(macro_NT, mask_NT, sigma, rewards_NT.dtype)
+    totals = [_macro_sums(torch.where(mask_NT, sigma_NT * x, 0.0), macro_NT) for x in (rewards_NT, values_NT)]
+    length_NM = _macro_sums(mask_NT.double(), macro_NT)
+    found = gae(totals[0], totals[1], length_NM > 0, gamma**length_NM if per == "token" else gamma, lam)
+    assert found.return_NT is not None
+    spread = [torch.where(mask_NT, x.gather(1, macro_NT), 0.0) for x in (found.advantage_NT, found.return_NT)]
+    return Advantages(*spread)
 
 
 def rewards_to_go(rewards_NT: Tensor, mask_NT: Tensor, gamma: float = 1.0) -> Tensor:
@@ -161,8 +239,8 @@ class GAE:
     def compute(self, rewards_NT: Tensor, values_NT: Tensor | None, groups_N: Tensor, mask_NT: Tensor) -> Advantages:
         """See `protocols.Advantage`; without values, those of a critic that says 0 (and no returns)."""
         values = torch.zeros_like(rewards_NT) if values_NT is None else values_NT
-        advantage_NT, return_NT = gae(rewards_NT, values, mask_NT, self.gamma, self.lam)
-        return Advantages(self.whitened(advantage_NT, mask_NT), None if values_NT is None else return_NT)
+        found = gae(rewards_NT, values, mask_NT, self.gamma, self.lam)
+        return Advantages(self.whitened(found.advantage_NT, mask_NT), None if values_NT is None else found.return_NT)
 
 
 @dataclass(frozen=True, kw_only=True)

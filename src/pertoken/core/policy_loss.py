@@ -3,6 +3,7 @@
     rho_t = pi(y_t) / pi_old(y_t)
     token     L_t = -min( rho_t A_t, clip(rho_t, 1 - eps, 1 + eps_high) A_t )                  PPO, GRPO (1707.06347)
     sequence  the same with s = exp( mean_t log rho_t ), its gradient through log pi(y_t)      GSPO (2507.18071)
+    macro     the same with s = exp( sum of log rho over the token's macro action )            MA-RLHF (2410.02743)
     cispo     L_t = -stop( clip(rho_t, 1 - eps, 1 + eps_high) ) A_t log pi(y_t)                CISPO (2506.13585)
 
 Clip-higher and the token mean over the batch: DAPO (2503.14476); a fixed divisor: Dr. GRPO (2503.20783); dual clip
@@ -36,8 +37,9 @@ class PolicyLoss:
     """eps_high, where it differs from eps (DAPO: 0.28)."""
     dual_clip: float | None = None
     """c > 1: bound of the ratio where the advantage is negative (3)."""
-    ratio: Literal["token", "sequence", "cispo"] = "token"
-    """Of single tokens, of the whole sequence (GSPO; clip about 3e-4), or CISPO's weight."""
+    ratio: Literal["token", "sequence", "macro", "cispo"] = "token"
+    """Of single tokens, of the whole sequence (GSPO; clip about 3e-4), the product over a macro action (where the
+    method has them), or CISPO's weight."""
     aggregate: Literal["token", "sequence", "constant", "sum"] = "token"
     """Mean over all tokens of the batch; mean over sequences of their token means; of their token sums by
     max_new_tokens (Dr. GRPO: constant); or of their token sums."""
@@ -53,7 +55,7 @@ class PolicyLoss:
             raise ValueError(f"dual_clip={self.dual_clip} bounds a ratio from above; give more than 1, for example 3")
         if self.importance_cap is not None and not self.importance_cap > 0:
             raise ValueError(f"importance_cap={self.importance_cap} must be above 0, for example 2")
-        for name, known in (("ratio", ("token", "sequence", "cispo")), ("aggregate", _AGGREGATES)):
+        for name, known in (("ratio", ("token", "sequence", "macro", "cispo")), ("aggregate", _AGGREGATES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(known)}")
 
@@ -73,6 +75,7 @@ def policy_losses(
     mask_NT: Tensor,
     options: PolicyLoss,
     sampled_NT: Tensor | None = None,
+    macro_NT: Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
     """Losses (N, T) of tokens, 0 where the mask does not hold, and what is logged of the ratios.
 
@@ -80,6 +83,10 @@ def policy_losses(
         logp_NT: log pi, with gradient. old_NT: log pi_old, of the policy that was trained when the tokens were drawn.
         advantage_NT: advantages, without gradient.
         sampled_NT: log mu, under which the tokens were really drawn; only `importance_cap` asks for it.
+        macro_NT: int64, the number of each token's macro action; only ``ratio="macro"`` asks for it.
+
+    Raises:
+        ValueError: the ratio of macro actions is asked for, and there are none.
     """
     zero = torch.zeros((), dtype=logp_NT.dtype, device=logp_NT.device)
     advantage_NT = torch.where(mask_NT, advantage_NT.detach().to(logp_NT.dtype), zero)
@@ -87,6 +94,14 @@ def policy_losses(
     if options.ratio == "sequence":
         mean_N1 = masked_mean(log_ratio_NT, mask_NT)[:, None].detach()
         ratio_NT = torch.exp(torch.where(mask_NT, mean_N1 + logp_NT - logp_NT.detach(), zero))
+    elif options.ratio == "macro":
+        if macro_NT is None:
+            raise ValueError('ratio="macro" needs macro actions, which ma-rlhf makes; give ratio="token" here')
+        sums_NT = torch.zeros_like(log_ratio_NT).scatter_add(1, macro_NT, log_ratio_NT.detach())
+        product_NT = sums_NT.gather(1, macro_NT).clamp(-_LARGEST, _LARGEST)
+        # each token carries its macro's ratio; its gradient is through its own log-prob, so that those of a macro's
+        # tokens add up to the gradient of the product
+        ratio_NT = torch.exp(torch.where(mask_NT, product_NT + logp_NT - logp_NT.detach(), zero))
     else:
         ratio_NT = torch.exp(log_ratio_NT)
     high = options.clip if options.clip_high is None else options.clip_high

@@ -132,7 +132,8 @@ class RolloutStep(ObjectiveStep):
             found: Advantages = self.objective.advantages(experience, reward_NT, self.state)
         judged = time.perf_counter()
         if counts:
-            result.metrics |= reward_metrics(traces, rewarded) | experience_metrics(experience) | experience.figures
+            result.metrics |= reward_metrics(traces, rewarded) | experience_metrics(experience)
+            result.metrics |= experience.figures | dict(found.metrics)
             spent = {"rollout": sampled - began, "score": scored - sampled, "judge": judged - scored}
             result.metrics |= {f"seconds/{name}": (seconds, 1.0) for name, seconds in spent.items()}
             for line in why_zero(experience, found, options):
@@ -213,6 +214,7 @@ class RolloutStep(ObjectiveStep):
             "old_values": experience.value_NT if found.return_NT is not None else None,
             "old_logps": experience.stats["policy"].logp_NT if "policy" in experience.stats else None,
             REFERENCE: experience.stats["reference"].logp_NT if "reference" in experience.stats else None,
+            **found.columns,
         }
         arrays = {k: v.double().cpu().numpy() for k, v in values.items() if v is not None}
         if "old_logps" not in arrays and self.updates_per_batch > 1:

@@ -70,7 +70,7 @@ def policy_gradient_loss(
     mask_NT, logp_NT = policy.mask_NT, policy.logp_NT
     old_NT = columns.get("old_logps", logp_NT.detach())
     losses_NT, metrics = policy_losses(
-        logp_NT, old_NT, columns["advantages"], mask_NT, options, columns.get("sampled_logps")
+        logp_NT, old_NT, columns["advantages"], mask_NT, options, columns.get("sampled_logps"), _macros(batch)
     )
     tokens = mask_NT.sum()
     if options.kl_loss:
@@ -86,6 +86,10 @@ def policy_gradient_loss(
         metrics["loss/value"] = (error_NT.detach().sum(), tokens)
     total, count = aggregated(losses_NT, mask_NT, options.aggregate, longest)
     return Loss(total, count, metrics)
+
+
+def _macros(batch: Batch) -> Tensor | None:
+    return batch.columns["macros"].long() if "macros" in batch.columns else None
 
 
 def example_columns(rng: Any, mask_NT: Tensor, critic: bool) -> dict[str, Tensor]:
