@@ -127,11 +127,12 @@ def test_first_update_by_hand():
     lm, reference = exact_lm(0), exact_lm(3)
     objective = Text2Grad(rollouts=ONCE)
     step = make_step(objective, COMPLETIONS, SPANS, lm=lm, models={"reference": reference})
+    coef = float(step.state.kl_coef)  # 0.2 as float32 has it
     result = step.run([0, 1, 2], train=True)
     head, found = step.state.head.weight.grad.clone() / result.count, gradient(lm) / result.count
     lm.model.zero_grad()
     step.state.zero_grad()
-    wanted, kls = by_hand(lm, reference, step, objective, 0.2)
+    wanted, kls = by_hand(lm, reference, step, objective, coef)
     wanted.backward()
     assert result.count == 9 and result.loss / result.count == pytest.approx(float(wanted.detach()), rel=1e-6)
     torch.testing.assert_close(found, gradient(lm), rtol=1e-6, atol=1e-9)
