@@ -27,7 +27,8 @@ and is an upper bound; and the best of 120 single batches, whose means scatter b
 curve. Seed 2's span arm misses the line itself.
 (2) The order of the arms does not depend on that: the span arm ends higher in every seed (median 1.03 and 0.67; held
 out 1.20 and 0.78). At 3 x the rate they end at 10.2 and 4.1, at 10 x at 21.8 and 14.8 with ratio 0.58 (the first seed;
-no bound). VADER, no reward, follows. The log-prob under the start falls with the score: at 10 x it is 22 sentiment words of 24.
+no bound). VADER, no reward, follows. The log-prob under the start falls with the score: at 10 x it is 22 sentiment
+words of 24.
 (3) Seed 5, on which the example was made to run, gave 0.72.
 """
 
