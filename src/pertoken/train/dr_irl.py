@@ -19,6 +19,7 @@ category's model, where the paper trains on one at a time.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -141,6 +142,8 @@ class DRIRL:
             run.groups = [run.groups[i] for i in kept]
         if self.reward or self.scorer is not None:
             return
+        if self.irl.irl_policy == "grpo" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError("irl_policy='grpo' learns rewards in one process; fit them first, and give reward_folder")
         phi = self.encoder() if self.scaling.reward_features == "encoder" else None
         frozen = None if phi is not None else run.policy.reference()  # the policy itself will change
         if self.reward_folder:
