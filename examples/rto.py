@@ -53,7 +53,7 @@ from pertoken.worlds.sentiment import prompts as film_prompts
 TUNING = (101, 102)  # seeds that rates are chosen on, and nothing is measured on
 DPO_RATES, RATES = (1e-3, 3e-3, 1e-2), (1e-3, 3e-3, 1e-2, 3e-2)  # what --tune looks at
 ARMS = ("rto", "ppo", "ppo from dpo")
-CHOSEN = {"dpo": 3e-3, "rto": 1e-2, "ppo": 1e-2, "ppo from dpo": 1e-2}  # what it picks
+CHOSEN = {"dpo": 0.003, "rto": 0.03, "ppo": 0.003, "ppo from dpo": 0.003}  # what it picks
 PAIRS, BATCH, STEPS = 500, 16, 100
 MORE = math.ceil(2 * PAIRS / BATCH)  # steps in whose rollouts as many responses are scored as in the pairs
 FIGURES = "figures.json"
