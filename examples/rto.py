@@ -15,6 +15,12 @@ Acceptance (specification): (1) the median AUROC of log pi_dpo/pi_ref on start-p
 complete a planted bigram against the rest, is at least 0.9; (2) at equal scored responses (sparse PPO makes 63 steps
 more, 1,008 rollouts, for the 1,000 responses of the pairs), the median of RTO's final hits is at least 1.2 x sparse
 PPO's. The third arm, sparse PPO that starts from pi_dpo, uses the same information as RTO.
+
+Chosen (--tune; seeds 101 and 102, half the steps): DPO at 3e-3, by its loss on new pairs (1e-3: 0.649, 3e-3: 0.611,
+1e-2: 0.636); then, of rates 1e-3, 3e-3, 1e-2 and 3e-2, each arm's best mean of final hits: RTO 10.8, 18.1, 18.0, 18.6;
+PPO 2.9, 8.1, 6.6, 3.8; PPO from pi_dpo 3.1, 5.2, 5.2, 5.2. The grid was 3e-3 and 1e-2 at first; 3e-2 and 1e-3 were
+added when some of these tuning figures had been seen. A world with a terminator that may not be drawn was given up
+before: all probability went to it.
 """
 
 from __future__ import annotations
@@ -51,9 +57,9 @@ from pertoken.worlds.quality import credit_quality
 from pertoken.worlds.sentiment import prompts as film_prompts
 
 TUNING = (101, 102)  # seeds that rates are chosen on, and nothing is measured on
-DPO_RATES, RATES = (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2)  # what --tune looks at
+DPO_RATES, RATES = (1e-3, 3e-3, 1e-2), (1e-3, 3e-3, 1e-2, 3e-2)  # what --tune looks at
 ARMS = ("rto", "ppo", "ppo from dpo")
-CHOSEN = {"dpo": 3e-3, "rto": 1e-2, "ppo": 1e-2, "ppo from dpo": 1e-2}  # what it picks
+CHOSEN = {"dpo": 0.003, "rto": 0.03, "ppo": 0.003, "ppo from dpo": 0.003}  # what it picks
 PAIRS, BATCH, STEPS = 500, 16, 100
 MORE = math.ceil(2 * PAIRS / BATCH)  # steps in whose rollouts as many responses are scored as in the pairs
 FIGURES = "figures.json"
