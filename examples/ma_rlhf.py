@@ -193,7 +193,7 @@ def save(options: Options, found: dict[str, Any], by_arm: dict[str, float], rati
         baseline_value=1.0,
         bound="at most 0.75",
         reached=good,
-        world=f"planted, {LENGTH} letters, terminal reward, goal {GOAL:.2f}; {ROLLOUTS * options.batches} rollouts a run",
+        world=f"planted, {LENGTH} letters, terminal reward, goal {GOAL:.2f}, {ROLLOUTS * options.batches} rollouts",
         seeds=options.seeds,
         notes=f"medians; no KL penalty; against token PPO with lam^(1/5), of the same decay a token: {fair:.2f} x",
         rows=rows,
