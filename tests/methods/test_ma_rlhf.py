@@ -180,7 +180,7 @@ def test_first_update_by_hand(n):
         r = (torch.tensor(clipped, dtype=torch.float64) - 0.25 * (p - q)).detach().tolist()
         starts = sorted({*range(0, len(ids_), n), len(ids_) - 1})
         a, ret = by_loop(r, v.tolist(), starts, 1.0, 0.95, "equal")
-        kl, macros = kl + float((p - q).sum()), macros + len(starts)
+        kl, macros = kl + float((p - q).detach().sum()), macros + len(starts)
         rows.append((p, v, torch.tensor(a, dtype=torch.float64), torch.tensor(ret, dtype=torch.float64)))
     p, v, a, ret = (torch.cat([row[k] for row in rows]) for k in range(4))
     wanted = (-torch.exp(p - p.detach()) * a + 0.1 * 0.5 * (v - ret).square()).mean()
