@@ -139,6 +139,9 @@ def test_an_ended_response_is_judged_as_it_stands():
         (credit,) = rollout(samples=4, correct=lambda text, right=right: right).score([trace])
         assert credit.values.tolist() == [float(right)] * 2
         assert credit.meta["correct"] is right and credit.meta["critical"] == (None if right else 0)
+    seen: list[str] = []
+    rollout(samples=4, correct=lambda text: bool(seen.append(text))).score([trace])
+    assert seen[4:] == [trace.text] * 5 and len(set(seen[:4])) > 1  # nothing is sampled after the terminator
 
 
 def test_the_critical_token_is_found_among_emitted_ones():

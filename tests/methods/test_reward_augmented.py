@@ -179,6 +179,8 @@ def test_scores_that_disagree_with_the_label():
     assert [r.responses for r in rows[2:]] == [("great", "dull"), ("dull", "great")]
     rows, report = augment([pair(0), pair(1, (2.0, 9.0))], SHORT, disagreement="drop")
     assert len(rows) == 2 and list(report.skipped.values()) == [[1]] and report.total == 2
+    rows, report = augment([pair(0), pair(1, (4.0, 4.0))], SHORT, tie="keep", disagreement="drop")
+    assert len(rows) == 4 and not report.skipped  # a tie does not disagree
 
 
 def test_missing_scores_are_dropped_and_counted():
@@ -259,10 +261,11 @@ def test_scored_pairs_of_rows_like_ultrafeedbacks():
         ultra([9.0, 7.0], instruction="Is it true?"),
         ultra([9.0, 7.0, 3.0], missing=[(0, "honesty"), (2, "honesty")]),  # one completion left
         ultra([7.0, 9.0]),  # the best has the lower mean of aspects
+        ultra([1.0, 9.0]),  # by however much it is the best
     ]
     found, report = scored_pairs(data, leave_out={"Is it true?"})
-    assert [e.row for e in found] == [0] and report.total == 5
-    assert sorted(report.skipped.values()) == [[1, 2], [4]] and list(report.refused.values()) == [[3]]
+    assert [e.row for e in found] == [0] and report.total == 6
+    assert sorted(report.skipped.values()) == [[1, 2], [4, 5]] and list(report.refused.values()) == [[3]]
 
 
 # ---- with a model
