@@ -323,6 +323,16 @@ _ROWS = (
         level="token",
     ),
     Method(
+        "reasoning-sql",
+        "score",
+        "pertoken.score.reasoning_sql:ReasoningSQL",
+        "SQL queries against gold ones: rows, names, n-grams, syntax and format, on the tokens that earned them",
+        system="reasoning-sql",
+        paper="2503.23157",
+        family="reward",
+        level="token",
+    ),
+    Method(
         "toolrl",
         "score",
         "pertoken.score.toolrl:ToolRL",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import dataclasses
+import sqlite3
+import tempfile
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,11 +31,27 @@ from tests import tiny
 from tests.methods.one_pass import exact_lm
 
 KINDS = {"pairs": "pair", "unpaired": "unpaired", "sft": "sft", "prompts": "prompt"}
+
+
+@lru_cache(maxsize=1)
+def _film() -> str:
+    """A database with one table, in a folder that goes with the process."""
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    path = f"{folder.name}/film.sqlite"
+    connection = sqlite3.connect(path)
+    connection.executescript("CREATE TABLE film (good TEXT, said TEXT); INSERT INTO film VALUES ('a', 'b');")
+    connection.close()
+    return path
+
+
 META = {  # columns of a row that scorers ask for
     "references": ["It was a good film, and the plot was great.", "Not good."],
     "gold_call": "say(what='good')",
     "tools": {"say": ["what"]},
     "ground_truth": '<think> t </think>\n<tool_call>\n{"name": "say", "parameters": {"what": "good"}}\n</tool_call>',
+    "sql": "SELECT good, said FROM film",
+    "database": _film(),
 }
 _ONE_PACK = Cost(linear=1.0, attention=0.0, launch=1e12)  # another forward is never worth it
 
