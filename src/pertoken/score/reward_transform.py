@@ -25,9 +25,9 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -155,8 +155,6 @@ class RewardTransform:
     floor: float | None = None
     """Least value of each transformed reward: an outlier far below would rule a group's deviation."""
 
-    columns: ClassVar[Mapping[str, str]] = {}
-
     def __post_init__(self) -> None:
         if not 0 < self.q < 1:
             raise ValueError(f"q={self.q} is a quantile, between 0 and 1")
@@ -185,7 +183,7 @@ class RewardTransform:
     def refer(self, samples: Sequence[Sequence[Trace]]) -> RewardTransform:
         """Make the reference of each prompt from completions by the frozen base policy, `samples` of each prompt (or
         from canned answers: the quantile of one is itself)."""
-        tables = [[self._totals(s, group) for s in self.scorers] for group in samples]
+        tables = [[[c.reduce() for c in s.score(group)] for s in self.scorers] for group in samples]
         for group, rows in zip(samples, tables, strict=True):
             key = References.key(group[0].meta.get("prompt", group[0].prompt_text))
             found = tuple(quantile_reference(row, self.q, gaussian=self.gaussian) for row in rows)
@@ -235,10 +233,6 @@ class RewardTransform:
         names = {f"{i}:{c.method or 'reward'}": float(p) for i, (c, p) in enumerate(zip(credits, parts, strict=True))}
         meta = {"parts": names, "scale": "log-probability, at most 0" if self.mode in ("all", "any") else "raw sum"}
         return Credit(trace=trace, values=values, kind="reward", method="reward-transform", version=1, meta=meta)
-
-    @staticmethod
-    def _totals(scorer: Scorer, group: Sequence[Trace]) -> list[float]:
-        return [c.reduce() for c in scorer.score(group)]
 
 
 def _check_scale(scorer: Scorer, credits: Sequence[Credit]) -> None:
