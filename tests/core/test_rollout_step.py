@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from pertoken.core.advantage import GroupNormalised
+from pertoken.core.advantage import Advantages, GroupNormalised
 from pertoken.core.credit import Credit, load_credits
 from pertoken.core.critic import Critic, KLControl
 from pertoken.core.data import Group
