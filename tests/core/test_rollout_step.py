@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from pertoken.core.advantage import GroupNormalised
+from pertoken.core.advantage import Advantages, GroupNormalised
 from pertoken.core.credit import Credit, load_credits
 from pertoken.core.critic import Critic, KLControl
 from pertoken.core.data import Group
@@ -205,7 +205,7 @@ def test_truncation_costs_what_is_asked_and_can_be_left_out():
 
 
 def _zero(reward):
-    return SimpleNamespace(advantage_NT=torch.zeros_like(reward), return_NT=None)
+    return Advantages(torch.zeros_like(reward))
 
 
 def test_tokens_that_the_policy_did_not_emit_are_masked_everywhere():
