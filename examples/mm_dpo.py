@@ -14,6 +14,12 @@ Acceptance (specification), w = k = 0.5: (i) clean pairs' mean beta at least 10 
 accuracy of MM-DPO at least 1.0 point above DPO's on 1,000 pairs (mean of three seeds; labels of the held-out pairs are
 the true ones). Controls: without the SFT term, the SFT term without scaling (w = 0), and dropping the pairs on which
 the reward model disagrees with the label.
+
+What the figure of (ii) is made of: much of MM-DPO's lead over DPO comes from its SFT term. Of 12.3 points, DPO with
+that term and without scaling (w = 0) has 8.7; scaling adds 3.6 to it, and 6.9 to DPO where there is no SFT term. The
+seeds differ so much that the 95 % interval of the 12.3 reaches to -0.2. Leaving out the pairs on which the reward model
+disagrees does better still (14.6). In results saved before that control was renamed, "SFT term alone (w = 0)" is DPO
+with the SFT term.
 """
 
 from __future__ import annotations
@@ -161,7 +167,7 @@ def train(options: Options, encoder: TextEncoder, world: Any, out: Path) -> dict
         "dpo": ("dpo", DPO()),
         "mm-dpo": ("mm-dpo", MMDPO(**scaled)),
         "mm-dpo, no SFT": ("mm-dpo", MMDPO(**scaled, gamma=0.0)),
-        "SFT term alone (w = 0)": ("mm-dpo", MMDPO(**scaled | {"w": 0.0})),
+        "dpo and SFT term (w = 0)": ("mm-dpo", MMDPO(**scaled | {"w": 0.0})),
         "mm-dpo, drops disagreeing": ("mm-dpo", MMDPO(**scaled, drop_disagreeing=True)),
     }
     listed = [Arm(name=n, slug=slug, objective=o) for n, (slug, o) in arms.items()]

@@ -18,12 +18,15 @@ model asked with the same sentence; (2) unlearning: mean change of the per-token
 each under the prompt it is used with: DPO bare, DPO-RA goal 10) of held-out rejected responses with r_l >= 7 and
 r_w > r_l, at least 30 % smaller in magnitude than DPO's, on at least 30 pairs.
 
-What was learned, on development pairs. (1) An LM that does not look at the goal learns it late or not at all: with
+What was learned. (1) On development pairs: an LM that does not look at the goal learns it late or not at all. With
 number words that nothing depended on, 700 of 800 updates passed at a loss of log 2 before the correlation rose to 0.9;
-with words that it has learned to repeat, 60 updates do. (2) Unlearning is a matter of repetition: with 580 pairs (DPO
-sees each seven times) every response loses probability in both arms, good rejected ones under goal 10 about as much as
-under DPO (0.83 against 0.90 nats a token at the rate and beta used here); with 1,900 pairs, which is one epoch of their
-rows, as in the paper, they lose less than half. (3) Without any goal the policy stays near the start model.
+with words that it has learned to repeat, the 240 updates here suffice. (2) Unlearning differs much between seeds: in
+nats a token 1.71, 1.02, 0.45 for DPO-RA under goal 10 and 1.01, 1.68, 1.60 for DPO. The median is 36 % smaller, the
+mean of the three only 26 %, and on the first seed DPO-RA loses more (on development pairs, too: 1.71 against 1.00, at a
+rate of 1e-3 0.93 against 0.50, there with a third of the pairs 0.70 against 0.54). Seeds 4, 5, 6, run afterwards to see
+which it is, gave 0.84, 0.89, 0.49 against 1.56, 1.27, 1.21: over all six the mean is 35 % smaller and the median 39 %.
+Their correlations were 0.29, 0.86, 0.84. (3) Asked without any goal, the policy moves too: its greedy answers then
+score 10, 10 and 8.4 (seeds 1, 2, 3), the start model's 6.
 """
 
 from __future__ import annotations
@@ -193,6 +196,9 @@ def main(options: Options) -> None:
         f"on at least 30 pairs (here {ra['good']:.0f})": ra["good"] >= 30,
     }
     print(f"change of good rejected responses, nats a token: {kept:.4f} (goal 10) against {lost:.4f} (DPO, bare)")
+    spread = {n: [abs(f[k]) for f in by_arm[n]] for n, k in (("dpo-ra", "rejected goal 10"), ("dpo", "rejected bare"))}
+    for name, some in spread.items():
+        print(f"  {name:<8}seeds {', '.join(f'{v:.3f}' for v in some)}; mean {np.mean(some):.3f}")
     for check, good in checks.items():
         print(f"{'reached' if good else 'MISSED ':<8} {check}")
     if options.save:
@@ -202,10 +208,17 @@ def main(options: Options) -> None:
             {
                 "metric": "|change of per-token log-prob| of rejected responses scored 7 or more, goal 10 (nats)",
                 "value": kept,
+                "interval": [min(spread["dpo-ra"]), max(spread["dpo-ra"])],
                 "baseline": "dpo, bare prompt",
                 "baseline_value": lost,
                 "bound": "at most 0.7 of DPO's",
                 "reached": kept <= 0.7 * lost,
+            },
+            {
+                "metric": "the same, mean of seeds in place of the median",
+                "value": float(np.mean(spread["dpo-ra"])),
+                "baseline": "dpo, bare prompt",
+                "baseline_value": float(np.mean(spread["dpo"])),
             },
             {
                 "metric": "obtained score, goal 10",
