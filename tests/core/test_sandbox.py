@@ -76,6 +76,8 @@ ATTACKS = {
         "SELECT replace(hex(printf('%.*c', 90000, 'x')), '7', 'yyyyyyyyyy')",
         "SELECT group_concat(a.name || b.name) FROM item a, item b",
         "SELECT printf('%.*c', 90000, 'x') FROM item",
+        "SELECT a.id FROM item a, item b ORDER BY printf('%.*c', 90000, 'x') || a.id || b.id",
+        "SELECT DISTINCT printf('%.*c', 90000, 'x') || a.id || b.id || c.id FROM item a, item b, item c",
     ],
     "error": [
         "SELEC 1",

@@ -2,8 +2,8 @@
 
 The file is opened read-only and immutable; an authoriser lets a statement select, read and call functions, and nothing
 else (no ATTACH, no PRAGMA, no writes, no extension); a progress handler ends it after so many instructions of SQLite's
-virtual machine; limits bound its length, its strings, its nesting and what it returns. What goes wrong is a value, not
-an exception: a reward has to score it.
+virtual machine, or when memory grows; limits bound its length, its strings, its nesting and what it returns. What goes
+wrong is a value, not an exception: a reward has to score it.
 """
 
 from __future__ import annotations
@@ -32,9 +32,11 @@ class SQLLimits:
     """Bytes of the query."""
     value: int = 100_000
     """Bytes of the longest string or blob that it may make on its way."""
+    memory: int = 256_000_000
+    """Bytes by which the process may grow meanwhile (sorting keeps its rows in memory)."""
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.rows, self.size, self.length, self.value) < 1:
+        if min(self.steps, self.rows, self.size, self.length, self.value, self.memory) < 1:
             raise ValueError(f"{self}: every limit is 1 or more")
 
 
@@ -115,11 +117,12 @@ def _authorise(action: int, one: str | None, two: str | None, database: str | No
 
 
 def _run(connection: sqlite3.Connection, sql: str, limits: SQLLimits) -> SQLResult:
-    left = [limits.steps]
+    left, most, grown = [limits.steps], _resident() + limits.memory, [False]
 
     def tick() -> int:
         left[0] -= _EVERY
-        return int(left[0] < 0)
+        grown[0] = _resident() > most
+        return int(left[0] < 0 or grown[0])
 
     connection.set_progress_handler(tick, _EVERY)
     rows, size = [], 0
@@ -138,6 +141,8 @@ def _run(connection: sqlite3.Connection, sql: str, limits: SQLLimits) -> SQLResu
         return SQLResult(tuple(rows), columns)
     except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError, MemoryError) as error:
         what = str(error)
+        if grown[0]:
+            return SQLResult(error=f"more than {limits.memory} bytes of memory", kind="flood")
         if left[0] < 0:
             return SQLResult(error=f"stopped after {limits.steps} steps", kind="stopped")
         if "too big" in what or "too large" in what:
@@ -146,3 +151,14 @@ def _run(connection: sqlite3.Connection, sql: str, limits: SQLLimits) -> SQLResu
             words in what for words in ("not authorized", "authorization denied", "prohibited", "one statement")
         )
         return SQLResult(error=what, kind="refused" if refused else "error")
+
+
+def _resident() -> int:
+    """Bytes of memory that the process holds; where the system does not say, the most that it ever held."""
+    import resource
+
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
