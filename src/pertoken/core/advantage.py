@@ -26,13 +26,12 @@ from .stats import masked_sum
 class Advantages(NamedTuple):
     """Advantages (N, T), 0 where the mask does not hold; and the critic's targets (N, T), or None without a critic.
 
-    An objective may add further columns (N, T) that its loss asks for, and figures as (sum, count) for the log.
+    An objective may add further columns (N, T) that its loss asks for.
     """
 
     advantage_NT: Tensor
     return_NT: Tensor | None = None
     columns: Mapping[str, Tensor] = MappingProxyType({})
-    metrics: Mapping[str, tuple[float, float]] = MappingProxyType({})
 
 
 def gae(

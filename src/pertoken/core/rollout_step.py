@@ -132,8 +132,7 @@ class RolloutStep(ObjectiveStep):
             found: Advantages = self.objective.advantages(experience, reward_NT, self.state)
         judged = time.perf_counter()
         if counts:
-            result.metrics |= reward_metrics(traces, rewarded) | experience_metrics(experience)
-            result.metrics |= experience.figures | dict(found.metrics)
+            result.metrics |= reward_metrics(traces, rewarded) | experience_metrics(experience) | experience.figures
             spent = {"rollout": sampled - began, "score": scored - sampled, "judge": judged - scored}
             result.metrics |= {f"seconds/{name}": (seconds, 1.0) for name, seconds in spent.items()}
             for line in why_zero(experience, found, options):

@@ -140,11 +140,13 @@ class MARLHF(PPO):
         how: dict[str, Any] = {"sigma": self.macros.value_function, "per": self.macros.discount}
         found = macro_gae(reward_NT, values_NT, macro_NT, mask_NT, self.gae.gamma, self.gae.lam, **how)
         rows, emitted = float(len(starts)), float(mask_NT.sum())
-        metrics = {
-            "macros/count": (float(sum(map(len, starts))), rows),
-            "macros/length": (emitted, float(sum(map(len, starts)))),
-            "macros/fallback": (float(failed), rows),
-        }
+        experience.figures.update(
+            {
+                "macros/count": (float(sum(map(len, starts))), rows),
+                "macros/length": (emitted, float(sum(map(len, starts)))),
+                "macros/fallback": (float(failed), rows),
+            }
+        )
         whitened_NT = self.gae.whitened(found.advantage_NT, mask_NT)
         columns = {"macros": macro_NT} if self.policy_loss.ratio == "macro" else {}
-        return Advantages(whitened_NT, found.return_NT, columns, metrics)
+        return Advantages(whitened_NT, found.return_NT, columns)
