@@ -7,7 +7,7 @@ responses are labelled by R alone; ties are dropped (about seven pairs of ten: m
 draws 16 responses a step, learns from them in four epochs, and has a learning rate of its own. All arms are RTO's code
 path; PPO is dpo_scale = 0.
 
-    python examples/rto.py            three arms, five seeds
+    python examples/rto.py            three arms, five seeds (about five minutes, on one thread)
     python examples/rto.py --tune     how the learning rates were chosen, on seeds that are not measured
     python examples/rto.py --full     SmolLM2 on film replies, R = VADER's compound (hours on two cores)
 
@@ -21,6 +21,12 @@ Chosen (--tune; seeds 101 and 102, half the steps): DPO at 3e-3, by its loss on 
 PPO 2.9, 8.1, 6.6, 3.8; PPO from pi_dpo 3.1, 5.2, 5.2, 5.2. The grid was 3e-3 and 1e-2 at first; 3e-2 and 1e-3 were
 added when some of these tuning figures had been seen. A world with a terminator that may not be drawn was given up
 before: all probability went to it.
+
+Reached: AUROC 1.000; final hits RTO 22.6 (of about 24), PPO 7.1, PPO from pi_dpo 6.6. RTO is near its end after 40
+steps; a quarter to three quarters of its token rewards are clipped. It ends at an entropy of 0.01 to 0.4 nats a letter
+(PPO 1.9 to 2.7): three bigrams are worth the same, and nothing asks for variety. The specification's prototype had a
+smaller gain, 9.5 against 5.4. A two-layer policy was tried once, on seed 101 and RTO alone (14.2 hits at 3e-3), and
+given up as it takes twice the time.
 """
 
 from __future__ import annotations
