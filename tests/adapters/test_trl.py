@@ -1,5 +1,8 @@
 """Scorers in the TRL that is installed: a reward function, and advantages a token in real training steps."""
 
+# pyright: reportOperatorIssue=false
+# pyright: reportOptionalOperand=false
+
 # pyright: reportMissingImports=false
 
 import numpy as np

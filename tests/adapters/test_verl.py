@@ -1,5 +1,8 @@
 """The reward manager on verl's data structure (its own class, where verl is installed; else one of the same shape)."""
 
+# pyright: reportArgumentType=false
+# pyright: reportAttributeAccessIssue=false
+
 # pyright: reportMissingImports=false
 
 from types import SimpleNamespace

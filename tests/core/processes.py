@@ -1,5 +1,7 @@
 """What `test_distributed` runs in one process and in several: each scenario trains into its folder under `out`."""
 
+# pyright: reportOptionalMemberAccess=false
+
 # options and parameters of these tests are dicts and tuples of mixed types, which the checker cannot follow
 # pyright: reportArgumentType=false
 

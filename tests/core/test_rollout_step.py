@@ -1,6 +1,9 @@
 """Learning from rollouts: the whole step on a tiny model, exactness over minibatches, processes' sums and resumes, and
 what is said when nothing can be learned."""
 
+# pyright: reportArgumentType=false
+# pyright: reportCallIssue=false
+
 # pyright: reportOptionalSubscript=false, reportOptionalMemberAccess=false
 
 import copy

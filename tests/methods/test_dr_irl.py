@@ -1,5 +1,8 @@
 """Dynamic reward scaling by hand, its limits and pitfalls; GRPO-S on real rollouts; the tabular 1 / alpha rule."""
 
+# pyright: reportArgumentType=false
+# pyright: reportCallIssue=false
+
 # pyright: reportOptionalMemberAccess=false
 
 import dataclasses

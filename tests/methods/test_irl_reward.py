@@ -1,5 +1,9 @@
 """Inverse RL on finite sets and on features: the min-max problem, its gradient, rounds, balance, saving."""
 
+# stand-ins and parametrised options, which the checker cannot follow
+# pyright: reportArgumentType=false
+# pyright: reportOptionalSubscript=false
+
 import dataclasses
 import math
 

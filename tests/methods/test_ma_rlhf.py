@@ -1,5 +1,12 @@
 """MA-PPO: by hand, against PPO at n=1 (to the bit), its limits, and what the authors' code gets wrong."""
 
+# pyright: reportArgumentType=false
+# pyright: reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false
+# pyright: reportIndexIssue=false
+# pyright: reportOperatorIssue=false
+# pyright: reportOptionalSubscript=false
+
 # pyright: reportOptionalMemberAccess=false
 
 import dataclasses

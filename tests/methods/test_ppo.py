@@ -1,5 +1,9 @@
 """PPO against the plain model and plain loops: rewards with KL, GAE, both losses and their gradients."""
 
+# pyright: reportArgumentType=false
+# pyright: reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false
+
 # pyright: reportOptionalMemberAccess=false
 
 import pytest

@@ -1,5 +1,8 @@
 """LSC by hand, its identities, references of every kind, and credit where the rewards stood."""
 
+# stand-ins and parametrised options, which the checker cannot follow
+# pyright: reportArgumentType=false
+
 import dataclasses
 import math
 import warnings

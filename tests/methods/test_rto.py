@@ -1,5 +1,9 @@
 """RTO against numbers worked out by hand, loops of numpy, and PPO; the identities and pitfalls of its specification."""
 
+# pyright: reportArgumentType=false
+# pyright: reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false
+
 # pyright: reportOptionalMemberAccess=false
 
 import dataclasses

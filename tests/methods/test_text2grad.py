@@ -1,5 +1,8 @@
 """Text2Grad against numpy and the plain model: KL over the vocabulary, GAE, whitening, the threshold, and PPO."""
 
+# pyright: reportArgumentType=false
+# pyright: reportCallIssue=false
+
 # pyright: reportOptionalMemberAccess=false, reportAttributeAccessIssue=false
 
 import dataclasses

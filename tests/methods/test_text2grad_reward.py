@@ -1,5 +1,7 @@
 """Text2Grad's reward: critiques read safely, phrases found, scores on the right tokens of any tokenizer."""
 
+# pyright: reportAttributeAccessIssue=false
+
 # pyright: reportArgumentType=false
 
 import dataclasses

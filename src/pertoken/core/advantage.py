@@ -118,7 +118,7 @@ def macro_gae(
     found = gae(totals[0], totals[1], length_NM > 0, gamma**length_NM if per == "token" else gamma, lam)
     assert found.return_NT is not None
     spread = [torch.where(mask_NT, x.gather(1, macro_NT), 0.0) for x in (found.advantage_NT, found.return_NT)]
-    return Advantages(*spread)
+    return Advantages(spread[0], spread[1])
 
 
 def rewards_to_go(rewards_NT: Tensor, mask_NT: Tensor, gamma: float = 1.0) -> Tensor:

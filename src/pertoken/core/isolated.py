@@ -46,8 +46,9 @@ class Isolated:
                 raise WorkerDied(f"{self.name} took more than {self.timeout:g} seconds")
             how, found = self._pipe.recv()
         except (EOFError, BrokenPipeError, ConnectionResetError) as error:
-            self._process.join()
-            code = self._process.exitcode
+            process: Any = self._process
+            process.join()
+            code = process.exitcode
             self.close()
             raise WorkerDied(f"the process of {self.name} ended with code {code}") from error
         if how != "ok":

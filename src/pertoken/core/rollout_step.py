@@ -201,7 +201,8 @@ class RolloutStep(ObjectiveStep):
 
         def sort(s: Stats) -> Stats:
             extra = {k: v[order] if k in PER_COMPLETION else v[order][:, :longest] for k, v in s.extra.items()}
-            return Stats(*(x[order][:, :longest] for x in (s.mask_NT, s.logp_NT, s.present_NT)), extra)
+            mask_NT, logp_NT, present_NT = (x[order][:, :longest] for x in (s.mask_NT, s.logp_NT, s.present_NT))
+            return Stats(mask_NT, logp_NT, present_NT, extra)
 
         return {name: sort(join_stats([part[name] for part in parts])) for name in parts[0]}
 
