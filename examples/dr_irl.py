@@ -81,7 +81,7 @@ class Options:
     part: int = 0
     """1 or 2: only that part."""
     demonstrations: int = 300
-    updates: int = 60
+    updates: int = 40
     """Updates of the tiny LM."""
     save: bool = False
     """Write results/dr-irl.json."""
@@ -235,7 +235,7 @@ def tiny_policy(seed: int) -> tuple[LM, list[Example], list[str]]:
 
     blank = LM(LlamaForCausalLM(LlamaConfig(**size, pad_token_id=0, bos_token_id=1, eos_token_id=2)), tokenizer)
     rows = [[*blank.encode_prompt(p), *blank.encode_completion(r)[0]] for p, r in texts]
-    model = fit(rows, size=size, batch=32, learning_rate=3e-3, seed=seed, progress=False)
+    model = fit(rows * 6, size=size, batch=32, learning_rate=3e-3, seed=seed, progress=False)
     return LM(model, tokenizer, name=f"refusals-{seed}"), examples, BENIGN
 
 
