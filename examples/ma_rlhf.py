@@ -13,6 +13,10 @@ token's advantage and its correlation with the return (each batch's mean taken o
 
 No KL penalty (kl_coef 0): averaging within macros would make it weigh a fifth at n=5, and the arms would differ in more
 than credit. The learning rate is chosen by --tune for n=1 alone, on seeds that are not measured.
+
+What was learned. Macros of five reach the goal in two of three seeds after about as many rollouts as token PPO with the
+same decay a token, which does so in all three: here the longer reach of the terminal reward explains the gain, and the
+macros do not add to it.
 """
 
 from __future__ import annotations
