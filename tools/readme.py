@@ -37,7 +37,9 @@ def results(slugs: set[str]) -> dict[str, list[dict]]:
         if result["slug"] != path.stem:
             raise ValueError(f"{path.name} says slug {result['slug']!r}: name the file after it")
         script = f"{path.stem.replace('-', '_')}.py"
-        if path.stem not in slugs and not any((ROOT / folder / script).exists() for folder in ("benchmarks", "examples")):
+        if path.stem not in slugs and not any(
+            (ROOT / folder / script).exists() for folder in ("benchmarks", "examples")
+        ):
             raise ValueError(f"{path.name} belongs to no method of the catalog and no script in benchmarks or examples")
     return figures
 
