@@ -107,6 +107,8 @@ def page(method, figures: list[dict]) -> str:
         "stochastic": "yes" if method.stochastic else "",
         "files": " · ".join(f"[{file}](../../{file})" for file in files if (ROOT / file).exists()),
     }
+    has_command = method.room in ("score", "train")  # the other rooms are reached from Python so far
+    command = f"pertoken {method.room} {method.slug} --help\n" if has_command else ""
     parts = [
         STAMP,
         f"# {method.slug}: {method.title}",
@@ -114,7 +116,7 @@ def page(method, figures: list[dict]) -> str:
         table(["room", method.room], [[key, value] for key, value in facts.items() if value]),
         f"```text\n{rest.strip()}\n```" if rest.strip() else "",
         f"## Options\n\n```python\n{options}\n```" if options else "",
-        f"## Use\n\n```bash\npertoken about {method.slug}\npertoken {method.room} {method.slug} --help\n```",
+        f"## Use\n\n```bash\npertoken about {method.slug}\n{command}```",
         "## Measured",
     ]
     parts.append(measured(figures) if figures else "Nothing yet.")

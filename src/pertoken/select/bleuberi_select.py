@@ -46,7 +46,7 @@ class BleuberiSelect:
     lm: LM | None = None
     """The base model."""
     scorer: Any = None
-    """From Python: what scores the answers; default: BLEU against the row's references needs ``scorer=Bleuberi()``."""
+    """From Python: what scores the answers, for example `Bleuberi()`, which reads the rows' references."""
     keep: int = 5000
     """k."""
     how: Literal["hard", "easy", "medium", "random"] = "hard"
