@@ -163,6 +163,14 @@ def test_credit_sums_for_odd_text(text):
         assert credit.reduce() == pytest.approx(bleu(answer_of(t.text), references_of(t)))
 
 
+def test_credit_is_the_answers_not_that_of_the_same_words_in_the_thinking():
+    text = f"<think>{REFERENCE}</think><answer>{REFERENCE}</answer>"
+    credit = Bleuberi().score([trace_of(text)])[0]
+    start = len("<think>") + len(REFERENCE)
+    assert credit.spans([(0, start)])[0] == pytest.approx(0.0)
+    assert credit.spans([(text.index("<answer>"), len(text))])[0] == pytest.approx(1.0)
+
+
 def test_rows_without_references_are_named():
     for refs in ([], None, [" "], [3]):
         with pytest.raises(ValueError, match="row 3: bleuberi compares"):

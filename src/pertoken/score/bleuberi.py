@@ -218,7 +218,8 @@ def references_of(trace: Trace) -> list[str]:
 def where_earned(text: str, references: Sequence[str], amount: float) -> list[tuple[int, int, float]]:
     """An amount on byte spans: a quarter an order, shared by the n-grams that match."""
     answer = answer_of(text)
-    words, at, start = tokenize(answer), byte_offsets(text), text.find(answer) if answer else 0
+    words, at = tokenize(answer), byte_offsets(text)
+    start = max(0, text.find(answer, max(0, text.find("<answer>"))))  # the same words may stand in the thinking before
     spans: list[tuple[int, int]] = []
     for word in words:  # words that the tokenizer rewrote (entities) stand where the reading is
         found = text.find(word, start)
