@@ -194,6 +194,16 @@ _ROWS = (
         models=("dpo", "reverse"),
     ),
     Method(
+        "tl-training",
+        "train",
+        "pertoken.train.tl_training:TLTraining",
+        "Supervised tool use: failed calls are not imitated, tokens that pick the tool weigh more",
+        system="tl-training",
+        paper="2412.15495",
+        level="token",
+        data="sft",
+    ),
+    Method(
         "reward-augmented",
         "train",
         "pertoken.train.reward_augmented:RewardAugmented",

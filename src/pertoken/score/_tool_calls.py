@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from json.decoder import scanstring
 from typing import Any
 
-Span = tuple[int, int]
+from ..core.json_spans import Span, members
+
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
 
@@ -40,22 +39,6 @@ def parse_calls(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text[start:end].strip().split("\n")]
 
 
-def _members(text: str, start: int) -> dict[str, tuple[Span, Span]]:
-    """Of the JSON object that begins at `start`: key -> where key and value stand."""
-    decoder, space = json.JSONDecoder(), re.compile(r"\s*")
-    out: dict[str, tuple[Span, Span]] = {}
-    at = space.match(text, start + 1).end()  # type: ignore[union-attr]
-    while text[at] == '"':
-        key, end = scanstring(text, at + 1)
-        key_span = (at, end)
-        at = space.match(text, space.match(text, end).end() + 1).end()  # type: ignore[union-attr]
-        _, end = decoder.raw_decode(text, at)
-        out[key] = (key_span, (at, end))
-        at = space.match(text, end).end()  # type: ignore[union-attr]
-        at = space.match(text, at + 1).end() if text[at] == "," else at  # type: ignore[union-attr]
-    return out
-
-
 def calls_with_spans(text: str) -> list[Call]:
     """The calls of an answer whose lines are JSON objects with a name, each with where its parts stand."""
     start, end = block(text)
@@ -64,9 +47,9 @@ def calls_with_spans(text: str) -> list[Call]:
     out = []
     for line in inner.strip().split("\n"):
         first = at + len(line) - len(line.lstrip())
-        top = _members(text, first)
+        top = members(text, first)
         at_parameters = top["parameters"][1][0] if "parameters" in top else None
-        inside = {} if at_parameters is None or text[at_parameters] != "{" else _members(text, at_parameters)
+        inside = {} if at_parameters is None or text[at_parameters] != "{" else members(text, at_parameters)
         keys, values = ({k: v[i] for k, v in inside.items()} for i in (0, 1))
         out.append(Call(json.loads(line), (first, at + len(line.rstrip())), top["name"][1], keys, values))
         at += len(line) + 1
