@@ -12,8 +12,12 @@ of n=1; a run that does not reach it within the budget counts with the budget. P
 token's advantage and its correlation with the return (each batch's mean taken off), over the first 20 batches.
 
 No KL penalty (kl_coef 0): averaging within macros would make it weigh a fifth at n=5, and the arms would differ in more
-than credit. The learning rate is what --tune picked: it looks at n=1 alone, on seeds that are not measured. The measured
-seeds (11, 12, 13) had not been run before the rate and the world were fixed; seeds 1 to 3 had.
+than credit. The learning rate is what --tune picked: it looks at n=1 alone, on seeds that are not measured. The
+measured seeds (11, 12, 13) had not been run before the rate and the world were fixed; seeds 1 to 3 had.
+
+What was learned. Macros of five reach the goal in all seeds, after 0.62 x the rollouts of token PPO; so does token PPO
+with the same decay a token (4,352 both, medians). Here the longer reach of the terminal reward explains the gain, and
+the macros do not add to it.
 """
 
 from __future__ import annotations

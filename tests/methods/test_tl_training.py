@@ -227,13 +227,20 @@ def test_tool_names():
 # ---- preparation and training
 
 
+class Preparing(SimpleNamespace):
+    """A run as `prepare` sees it."""
+
+    @property
+    def every(self):
+        return self.groups + self.held_out
+
+
 def prepared(examples, **options):
     lm = tiny.lm()
     lm.context = 256
     groups = encode(examples, lm)[0]
     told: list[str] = []
-    run = SimpleNamespace(groups=groups, held_out=[], policy=lm, report=told.append)
-    type(run).every = property(lambda self: self.groups + self.held_out)
+    run = Preparing(groups=groups, held_out=[], policy=lm, report=told.append)
     TLTraining(**options).prepare(run)
     return run.groups, told
 
