@@ -13,7 +13,6 @@ from .credit import Credit
 from .trace import Trace
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
     from .advantage import Advantages
@@ -219,14 +218,6 @@ class Selector(Protocol):
 
     def weights(self, examples: Sequence[Example]) -> Weights:
         """A weight an example, in order."""
-        ...
-
-
-class StepSampler(Protocol):
-    """Next-token log-weights in, a token and its log-weight increment out (plain sampling: increment 0)."""
-
-    def step(self, logw_NV: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """Token ids (N,) and increments (N,)."""
         ...
 
 

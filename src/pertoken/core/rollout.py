@@ -138,7 +138,7 @@ class _Running:
 
 
 @contextlib.contextmanager
-def _decoding(causal: Any) -> Iterator[None]:
+def decoding(causal: Any) -> Iterator[None]:
     """FlexAttention is for packed rows; one query against a cache that grows would have it compiled anew each token."""
     was = causal.config._attn_implementation
     if was != "flex_attention":
@@ -168,7 +168,7 @@ def _sample_batch(
     tokens: list[list[int]] = [[] for _ in range(total)]
     logps = [([], []) for _ in range(total)]  # under the sampling distribution, under the policy
     ended = [False] * total
-    with lm.active() as causal, evaluating(causal), _decoding(causal):
+    with lm.active() as causal, evaluating(causal), decoding(causal):
         head, cache = Head(causal), DynamicCache(config=causal.config)
         stops = [i for i in lm.stop_ids if i < head.vocabulary]  # a generation config may name ids that are not there
         positions = (attention.cumsum(1) - 1).clamp(min=0)

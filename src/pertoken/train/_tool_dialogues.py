@@ -117,7 +117,7 @@ def tool_names(given: Any, row: Any = "?") -> list[str]:
         raise ValueError(
             f"row {row}: column tools must be the tools at hand: [names], [schemas with a name] or {{name: ...}}"
         )
-    return names
+    return [str(name) for name in names]
 
 
 def names_called(answer: str, tools: Sequence[str]) -> list[tuple[int, int, str]]:

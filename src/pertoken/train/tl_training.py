@@ -201,7 +201,7 @@ class TLTraining:
         with torch.no_grad():
             right_NT = policy.extra["rank"] == 0
             tokens, keys = policy.mask_NT.sum(), key_NT.sum()
-            metrics = {
+            metrics: dict[str, tuple[Tensor | float, Tensor | float]] = {
                 "key_token_accuracy": ((right_NT & key_NT).sum(), keys),
                 "mean_token_accuracy": ((right_NT & policy.mask_NT).sum(), tokens),
                 "cross_entropy": (-masked_sum(policy.logp_NT, policy.mask_NT).sum(), tokens),
