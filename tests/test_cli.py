@@ -172,3 +172,41 @@ def test_compare_ends_with_a_report(tmp_path, model, data, capsys):
 def test_check_logprobs(model, capsys):
     assert main(["check", "logprobs", "--model", model, "--prompts", "2", "--samples", "2", "--tokens", "5"]) == 0
     assert "ok" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("slug", [row.slug for row in methods() if row.room == "generate"])
+def test_every_decoder_shows_its_options(slug, capsys):
+    """No name of an option is one of the run's, too: nested groups are flattened."""
+    from pertoken.catalog import method
+
+    if not hasattr(method(slug), "generate"):
+        return
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", slug, "--help"])
+    assert ended.value.code == 0 and "--n" in capsys.readouterr().out
+
+
+def test_generate_streams_writes_and_tells(model, tmp_path, capfdbinary):
+    base = ["--model", model, "--max-new-tokens", "4"]
+    assert main(["generate", "sampling", "--prompt", "how was the film", *base]) == 0
+    streamed = capfdbinary.readouterr().out
+    save, page = tmp_path / "out.jsonl", tmp_path / "page.html"
+    words = ["--prompt", "how", "--n", "2", "--candidates", "2", "--save", str(save), "--html", str(page)]
+    assert main(["generate", "best-of-n", *words, *base]) == 0
+    told = capfdbinary.readouterr().out.decode(errors="replace")
+    rows = [json.loads(line) for line in save.read_text("utf8").splitlines()]
+    assert len(streamed) > 0 and told.startswith("--- prompt 0: how") and len(rows) == 2
+    assert all(len(r["meta"]["rewards"]) == 2 and r["tokens"] <= 4 for r in rows)
+    assert "best-of-n" in page.read_text("utf8") and (tmp_path / "out.credits.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["generate"], "name one method"),
+        (["generate", "vader"], "generates nothing"),
+        (["generate", "sampling"], "nothing to continue"),
+    ],
+)
+def test_generate_says_what_is_missing(words, hint, capsys):
+    assert main(words) == 2 and hint in capsys.readouterr().err

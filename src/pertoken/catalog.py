@@ -363,6 +363,23 @@ _ROWS = (
         level="token",
     ),
     Method(
+        "sampling",
+        "generate",
+        "pertoken.generate.sampling:Sampling",
+        "Draws of the model itself: temperature, top-k, top-p",
+        paper_row=False,
+        family="decoding",
+        level="token",
+    ),
+    Method(
+        "best-of-n",
+        "generate",
+        "pertoken.generate.best_of_n:BestOfN",
+        "The best of several draws by any reward",
+        paper_row=False,
+        family="decoding",
+    ),
+    Method(
         "bleuberi-select",
         "select",
         "pertoken.select.bleuberi_select:BleuberiSelect",

@@ -199,6 +199,44 @@ def _train_kind(slug: str) -> Any:
     return dataclasses.make_dataclass("Train", fields)
 
 
+def _generate(words: Sequence[str]) -> None:
+    from . import generation
+    from .catalog import about, method
+
+    slugs, rest = _leading(words)
+    if len(slugs) != 1:
+        raise ValueError(
+            "name one method: pertoken generate sampling --prompt '...'; pertoken methods --room generate lists them"
+        )
+    row = about(slugs[0])
+    if row.room != "generate" or not hasattr(method(row.slug), "generate"):
+        raise ValueError(
+            f"{row.slug} is of the {row.room} room and generates nothing here; pertoken methods --room generate lists "
+            "what does"
+        )
+    own, run = _typed(method(row.slug)), generation.GenerateOptions
+    kinds = [
+        ("method", own, dataclasses.field(default_factory=own)),
+        ("run", run, dataclasses.field(default_factory=run)),
+    ]
+    args = _parse(dataclasses.make_dataclass("Generate", kinds), rest, f"generate {row.slug}", row.title)
+    alone = args.run.n == 1 and len(args.run.prompt) + bool(args.run.data) == 1 and not args.run.data
+    shown: list[bytes] = []
+
+    def stream(token: Any) -> None:
+        shown.append(token.piece)
+        sys.stdout.buffer.write(token.piece)
+        sys.stdout.buffer.flush()
+
+    prompts, drawn = generation.generate(row.slug, args.run, args.method, stream=stream if alone else None, say=_say)
+    if shown:
+        print()
+    else:
+        generation.tell(prompts, drawn, print)
+    for path in generation.write(prompts, drawn, row.slug, args.run):
+        _say(str(path))
+
+
 def _on_one_screen(kind: type[Any]) -> type[Any]:
     """The options of a run without one that only a run file needs to say (keep): thirty are enough for one help."""
     import typing
@@ -377,6 +415,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int | None]]] = {
     "about": ("tell what a method is: equation, options, measured figure", _about),
     "score": ("put credit on the tokens of responses", _score),
     "train": ("train a model by a method", _train),
+    "generate": ("continue prompts by a method, with weights and credit", _generate),
     "compare": ("train several methods side by side, over seeds, with intervals", _compare),
     "check": ("check a promise of the library on your model", _check),
     "view": ("look at saved credits or at a run", _view),

@@ -1,0 +1,1 @@
+"""The room of decoders: control over what is generated, token by token."""
