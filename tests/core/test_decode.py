@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalOperand=false
 """Guides, their caches and their products; sampling from them equals `rollout.sample`."""
 
 import math
