@@ -3,8 +3,9 @@
 The tools world: a small model that calls the right tool with the right values in a fifth of its answers, and makes
 known mistakes in the others. GRPO (8 answers of 8 prompts a batch) learns from ToolRL's reward, fine (names,
 parameters, values) or coarse (all or nothing), each with the same seeds, prompts and updates; PPO as `irm_ppo` sets it
-(one greedy answer a prompt) from TL-Training's categories. Measured on new prompts, sampled at temperature 1: share of
-exact calls, and ToolRL's total with the fine reward (-3 to 4) for both arms of GRPO, TL-Training's for the third.
+(one greedy answer a prompt) from TL-Training's categories. Measured on new prompts, sampled at temperature 1 (PPO,
+which learns from greedy answers: greedily): share of exact calls, and ToolRL's total with the fine reward (-3 to 4) for
+both arms of GRPO, TL-Training's for the third.
 
 ToolRL's paper claims that finer rewards teach more than coarse ones; its bound for SmolLM2 (a GPU's work) is a rise of
 0.5 of the total, and fine above coarse at equal steps. Here the same two are asked of the small world. --tune picks one
@@ -41,7 +42,8 @@ from pertoken.train.tl_training import irm_ppo
 from pertoken.worlds import tools
 
 LONGEST, PROMPTS, GENERATIONS, HELD = 64, 8, 8, 200
-RATES, TUNED_ON = (3e-4, 1e-3, 3e-3), 100
+RATES = {"coarse": (3e-4, 1e-3, 3e-3), "categories": (3e-5, 1e-4, 3e-4)}
+TUNED_ON = 100
 CHOSEN = {"fine": 1e-3, "coarse": 1e-3, "categories": 1e-3}
 FORM: dict[str, tools.Form] = {"fine": "toolrl", "coarse": "toolrl", "categories": "call"}
 
@@ -87,7 +89,8 @@ def objective(arm: str) -> Any:
 def judged(lm: LM, form: tools.Form, seed: int) -> Judged:
     """Exact calls and ToolRL's total on new prompts (a call of the other form is scored as the JSON it stands for)."""
     held = groups_of(lm, form, HELD, 9_000 + seed)
-    drawn = sample(lm, [g.prompt_ids for g in held], 1, Sampling(max_new_tokens=LONGEST), seed=seed)
+    how = Sampling(max_new_tokens=LONGEST, temperature=0.0 if form == "call" else 1.0)
+    drawn = sample(lm, [g.prompt_ids for g in held], 1, how, seed=seed)
     traces = [with_row(g, t) for g, (t,) in zip(held, drawn, strict=True)]
     gold = "gold_call" if form == "call" else "ground_truth"
     exact = np.mean([t.text == t.meta[gold] for t in traces])
@@ -126,8 +129,8 @@ def run(arm: str, rate: float, seed: int, batches: int) -> tuple[Judged, Judged]
 def main(options: Options) -> None:
     """Run it and print the table."""
     if options.tune:
-        for arm in ("coarse", "categories"):
-            for rate in RATES:
+        for arm, rates in RATES.items():
+            for rate in rates:
                 _, after = run(arm, rate, TUNED_ON, options.batches)
                 print(f"{arm} at {rate:g}: exact {after.exact:.3f}, own reward {after.total:.3f}", flush=True)
         return

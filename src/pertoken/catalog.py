@@ -380,6 +380,17 @@ _ROWS = (
         family="decoding",
     ),
     Method(
+        "stochastok",
+        "tokenize",
+        "pertoken.tokenize.stochastok:StochasTok",
+        "Random splits of tokens in training data, so that a model sees how words are spelled",
+        system="stochastok",
+        paper="2506.01687",
+        family="tokenization",
+        level="token",
+        item="text",
+    ),
+    Method(
         "bleuberi-select",
         "select",
         "pertoken.select.bleuberi_select:BleuberiSelect",
