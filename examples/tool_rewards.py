@@ -44,7 +44,7 @@ from pertoken.worlds import tools
 LONGEST, PROMPTS, GENERATIONS, HELD = 64, 8, 8, 200
 RATES = {"coarse": (3e-4, 1e-3, 3e-3), "categories": (3e-5, 1e-4, 3e-4)}
 TUNED_ON = 100
-CHOSEN = {"fine": 1e-3, "coarse": 1e-3, "categories": 1e-3}
+CHOSEN = {"fine": 1e-3, "coarse": 1e-3, "categories": 3e-5}  # of --tune
 FORM: dict[str, tools.Form] = {"fine": "toolrl", "coarse": "toolrl", "categories": "call"}
 
 
