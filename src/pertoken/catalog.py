@@ -380,6 +380,16 @@ _ROWS = (
         family="decoding",
     ),
     Method(
+        "sar",
+        "explain",
+        "pertoken.explain.sar:SAR",
+        "Uncertainty of answers, where tokens that carry meaning and answers that agree count more",
+        system="sar",
+        paper="2307.01379",
+        family="uncertainty",
+        level="token",
+    ),
+    Method(
         "stochastok",
         "tokenize",
         "pertoken.tokenize.stochastok:StochasTok",
