@@ -29,7 +29,8 @@ CAPITALS = {
     "Lithuania": "Vilnius", "Ukraine": "Kyiv", "Turkey": "Ankara", "Iran": "Tehran", "Iraq": "Baghdad",
     "Syria": "Damascus", "Jordan": "Amman", "Lebanon": "Beirut", "India": "New Delhi", "Nepal": "Kathmandu",
     "Bangladesh": "Dhaka", "Thailand": "Bangkok", "Vietnam": "Hanoi", "Indonesia": "Jakarta",
-    "Malaysia": "Kuala Lumpur", "Mongolia": "Ulaanbaatar", "China": "Beijing", "Australia": "Canberra", "Canada": "Ottawa", "Chile": "Santiago",
+    "Malaysia": "Kuala Lumpur", "Mongolia": "Ulaanbaatar",
+    "China": "Beijing", "Australia": "Canberra", "Canada": "Ottawa", "Chile": "Santiago",
     "Ecuador": "Quito", "Colombia": "Bogot", "Venezuela": "Caracas", "Uruguay": "Montevideo", "Bolivia": "Sucre",
     "Argentina": "Buenos Aires", "Mexico": "Mexico City", "Jamaica": "Kingston", "Haiti": "Port-au-Prince",
     "Morocco": "Rabat", "Algeria": "Algiers", "Tunisia": "Tunis", "Libya": "Tripoli", "Sudan": "Khartoum",
@@ -41,8 +42,9 @@ CAPITALS = {
 }  # fmt: skip
 UNITS = (
     ("centimetres", "metre", 100), ("millimetres", "centimetre", 10), ("metres", "kilometre", 1000),
-    ("days", "week", 7),    ("hours", "day", 24), ("minutes", "hour", 60), ("seconds", "minute", 60), ("months", "year", 12),
-    ("grams", "kilogram", 1000), ("inches", "foot", 12), ("years", "decade", 10), ("years", "century", 100),
+    ("days", "week", 7), ("hours", "day", 24), ("minutes", "hour", 60), ("seconds", "minute", 60),
+    ("months", "year", 12), ("grams", "kilogram", 1000),
+    ("inches", "foot", 12), ("years", "decade", 10), ("years", "century", 100),
 )  # fmt: skip
 SCORES = ("sar", "sentence_sar", "token_sar", "semantic_entropy", "length_normalised_entropy", "perplexity_entropy")
 
