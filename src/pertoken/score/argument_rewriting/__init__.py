@@ -40,7 +40,7 @@ from pertoken.core.embed import TextEncoder, greedy_match
 from pertoken.core.lm import LM
 from pertoken.core.trace import Trace, byte_offsets
 
-from .classifier import Classifier, NGramClassifier, SentenceClassifier, fit_classifier, load_classifier, macro_f1
+from .classifier import NGramClassifier, SentenceClassifier, fit_classifier, load_classifier, macro_f1
 from .corpus import INSTRUCTION, Labelled, alpaca_prompt, argument_of, load_corpus, rewrite_of, rewrite_places
 from .edits import copy_rate, edit_similarity, length_ratio
 
@@ -122,6 +122,8 @@ class ArgumentRewriting:
     }
 
     def __post_init__(self) -> None:
+        if self.folder and self.classifier is None:
+            object.__setattr__(self, "classifier", load_classifier(self.folder))
         if self.mixture not in MIXTURES or self.level not in ("token", "sequence"):
             raise ValueError(f"mixture={self.mixture!r} must be one of {', '.join(MIXTURES)}, level token or sequence")
         if min(self.w_a, self.w_s) < 0 or self.w_a + self.w_s == 0:
@@ -143,12 +145,15 @@ class ArgumentRewriting:
         Raises:
             ValueError: no classifier; a row without an original; a plugged-in scorer of the wrong number of values.
         """
-        classifier = self.classifier or _loaded(self.folder)
+        if self.classifier is None:
+            raise ValueError(
+                "no classifier: fit_classifier(texts, inappropriate).save(FOLDER), and name it: folder=FOLDER"
+            )
         places = [_places(t, self.alpaca) for t in items]
         rewrites = ["".join(t.raw_text[i] for i in at) for t, at in zip(items, places, strict=True)]
         originals = [_original(t) for t in items]
         said = [i for i, text in enumerate(rewrites) if text]
-        judged = _judged(classifier, [rewrites[i] for i in said])
+        judged = _judged(self.classifier, [rewrites[i] for i in said])
         kept = self._similar([rewrites[i] for i in said], [originals[i] for i in said])
         known = dict(zip(said, zip(judged, kept, strict=True), strict=True))
         ppl = perplexities(self.lm, rewrites) if self.perplexity and self.lm is not None else None
@@ -228,13 +233,6 @@ def _original(trace: Trace) -> str:
             "### Input: and ### Response:); give one"
         )
     return known.strip()
-
-
-@lru_cache(maxsize=2)
-def _loaded(folder: str) -> Classifier:
-    if not folder:
-        raise ValueError("no classifier: fit_classifier(texts, inappropriate).save(FOLDER), and name it: folder=FOLDER")
-    return load_classifier(folder)
 
 
 @lru_cache(maxsize=1)
