@@ -353,6 +353,16 @@ _ROWS = (
         level="token",
     ),
     Method(
+        "argument-rewriting",
+        "score",
+        "pertoken.score.argument_rewriting:ArgumentRewriting",
+        "Rewrites: an appropriateness classifier and a similarity to the original, weighted",
+        system="argument-rewriting",
+        paper="2406.03363",
+        family="reward",
+        level="token",
+    ),
+    Method(
         "bleuberi",
         "score",
         "pertoken.score.bleuberi:Bleuberi",
