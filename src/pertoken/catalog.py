@@ -400,6 +400,17 @@ _ROWS = (
         level="token",
     ),
     Method(
+        "reagent",
+        "explain",
+        "pertoken.explain.reagent:ReAGent",
+        "Which input tokens a predicted token came from, by replacing them: forward passes alone",
+        system="reagent",
+        paper="2402.00794",
+        family="attribution",
+        level="token",
+        stochastic=True,
+    ),
+    Method(
         "stochastok",
         "tokenize",
         "pertoken.tokenize.stochastok:StochasTok",
