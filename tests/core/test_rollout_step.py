@@ -300,6 +300,55 @@ def test_more_minibatches_than_completions():
         assert step.run([0, 1], train=True).count > 0
 
 
+@pytest.mark.parametrize("kind", [PPO, GRPO])
+def test_a_short_last_batch_has_empty_minibatches(kind, tmp_path):
+    """Four minibatches of six prompts, two of which make the second batch: what is left over learns nothing."""
+    g = 1 if kind is PPO else 2
+    objective = options(kind, generations=g, inner_epochs=2, minibatches=4 * g)
+    lm = exact_lm(0)
+    step = make_step(objective, lm, Near())
+    step.groups = prompts(lm, 6)
+    step.size, inner, seen = 6, step.run, []
+
+    def run(rows, *, train):
+        seen.append(torch.cat([p.detach().flatten() for p in lm.model.parameters()]))
+        return inner(rows, train=train)
+
+    step.run = run
+    history = fit(step, LoopConfig(lr=1e-3, batch_size=4, weight_decay=0.1), tmp_path, progress=False)
+    assert len(history) == 2 * 2 * 4 * g
+    moved = [not torch.equal(a, b) for a, b in zip(seen, seen[1:], strict=False)]
+    second = moved[8 * g :]
+    assert not any(second[2 * g : 4 * g]) and not any(second[6 * g :])
+    assert all(second[: 2 * g]) if kind is PPO else any(second)
+
+
+def test_completions_without_a_token_are_left_out_and_told():
+    def empty(lm, prompts, n, sampling, *, seed):
+        return [[lm.trace_of_ids(p, ids, ended=False) for ids in ([], [5, 6], [])] for p in prompts]
+
+    said = []
+    step = make_step(options(GRPO), scorer=Near(), say=said.append, generate=empty)
+    assert step.run([0, 1], train=True).count == 4
+    assert "4 completions without a token (row 0), left out" in said[0]
+    nothing = lambda lm, prompts, n, sampling, *, seed: [[lm.trace_of_ids(p, [], ended=False)] for p in prompts]
+    with pytest.raises(ValueError, match="2 of 2 have no token"):
+        make_step(options(GRPO), scorer=Near(), generate=nothing).run([0, 1], train=True)
+
+
+def test_groups_are_as_the_generator_gave_them():
+    """Whatever number of completions it made of each prompt."""
+
+    def uneven(lm, prompts, n, sampling, *, seed):
+        return [[lm.trace_of_ids(p, [5, 6], ended=False)] * k for p, k in zip(prompts, (1, 3), strict=True)]
+
+    objective, seen = options(GRPO), []
+    object.__setattr__(objective, "advantages", lambda e, r, s: seen.append(e) or _zero(r))
+    make_step(objective, scorer=Near(), generate=uneven).run([0, 1], train=True)
+    assert seen[0].groups_N.tolist() == [0, 1, 1, 1]
+    assert [g.example.row for g in seen[0].groups] == [0, 1, 1, 1]
+
+
 def test_a_run_by_name(tmp_path):
     """Through `Run`: held-out prompts are answered and scored, the record holds the reward's name."""
     lm = exact_lm(0)
