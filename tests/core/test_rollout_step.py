@@ -8,6 +8,7 @@ what is said when nothing can be learned."""
 
 import copy
 import dataclasses
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -283,6 +284,8 @@ def test_kl_is_in_the_rewards_and_zero_at_the_start():
         (lambda: GRPO(rollouts=Rollouts(generations=1)), "2 or more"),
         (lambda: RLOO(rollouts=Rollouts(generations=1)), "2 or more"),
         (lambda: Rollouts(minibatches=0), "1 or more"),
+        (lambda: Rollouts(missing_eos_penalty=float("nan")), "give a finite one"),
+        (lambda: KLControl(kl_coef=float("inf")), "kl_coef >= 0"),
         (lambda: RLOO(advantage="x"), "not one of"),
     ],
 )
@@ -317,7 +320,7 @@ def test_a_short_last_batch_has_empty_minibatches(kind, tmp_path):
     step.run = run
     history = fit(step, LoopConfig(lr=1e-3, batch_size=4, weight_decay=0.1), tmp_path, progress=False)
     assert len(history) == 2 * 2 * 4 * g
-    moved = [not torch.equal(a, b) for a, b in zip(seen, seen[1:], strict=False)]
+    moved = [not torch.equal(a, b) for a, b in itertools.pairwise(seen)]
     second = moved[8 * g :]
     assert not any(second[2 * g : 4 * g]) and not any(second[6 * g :])
     assert all(second[: 2 * g]) if kind is PPO else any(second)

@@ -21,7 +21,11 @@ class KLControl:
     """Samples over which it adapts."""
 
     def __post_init__(self) -> None:
-        if not self.kl_coef >= 0 or not self.kl_horizon > 0 or (self.kl_target is not None and not self.kl_target > 0):
+        if (
+            not 0 <= self.kl_coef < torch.inf
+            or not self.kl_horizon > 0
+            or (self.kl_target is not None and not self.kl_target > 0)
+        ):
             raise ValueError(f"{self}: kl_coef >= 0, kl_horizon > 0 and kl_target > 0 (or None) are needed")
 
 
