@@ -247,8 +247,8 @@ class RolloutStep(ObjectiveStep):
         """Groups stay whole where there are enough of them; their order is drawn anew in each inner epoch.
 
         Raises:
-            ValueError: fewer completions than minibatches in the first batch. In a later one, which is short because the
-                data end or rows could not be scored, the last minibatches of an epoch are empty, and learn nothing.
+            ValueError: fewer completions than minibatches in the first batch. In a later one, which is short because
+                the data end or rows could not be scored, an epoch's last minibatches are empty, and learn nothing.
         """
         m = self.rollouts.minibatches
         if len(groups) < m:
