@@ -66,6 +66,12 @@ def test_losses_by_hand(o):
     assert all(math.isfinite(float(a)) for a, _ in metrics.values())
 
 
+def test_importance_sampling_is_not_left_out_in_silence():
+    logp, old, advantage, _ = tensors()
+    with pytest.raises(ValueError, match="recorded none; record sampled_logps"):
+        policy_losses(logp, old, advantage, MASK, PolicyLoss(importance_cap=2.0))
+
+
 def test_gradient_at_the_old_policy_is_reinforce():
     """rho = 1: dL/dlogp_t = -A_t, for every kind of ratio (GSPO's is 1 / |y| of it on each token)."""
     logp, _, advantage, _ = tensors()

@@ -86,7 +86,7 @@ def policy_losses(
         macro_NT: int64, the number of each token's macro action; only ``ratio="macro"`` asks for it.
 
     Raises:
-        ValueError: the ratio of macro actions is asked for, and there are none.
+        ValueError: the ratio of macro actions is asked for, and there are none; or importance sampling, without mu.
     """
     zero = torch.zeros((), dtype=logp_NT.dtype, device=logp_NT.device)
     advantage_NT = torch.where(mask_NT, advantage_NT.detach().to(logp_NT.dtype), zero)
@@ -113,7 +113,12 @@ def policy_losses(
         if options.dual_clip is not None:
             bounded_NT = torch.minimum(losses_NT, -options.dual_clip * advantage_NT)
             losses_NT = torch.where(advantage_NT < 0, bounded_NT, losses_NT)
-    if options.importance_cap is not None and sampled_NT is not None:
+    if options.importance_cap is not None:
+        if sampled_NT is None:
+            raise ValueError(
+                "importance_cap needs the log-probs under which tokens were drawn, and the generator recorded none; "
+                "record sampled_logps in its traces, or leave importance_cap out"
+            )
         weight_NT = torch.exp(log_ratio(old_NT.detach(), sampled_NT, mask_NT)).clamp(max=options.importance_cap)
         losses_NT = losses_NT * weight_NT
     with torch.no_grad():
