@@ -8,7 +8,7 @@ Zhong, Shan, Feng, Xiong, Cheng, Zhao, He, Bian, Wang, "DPO Meets PPO: Reinforce
 
 The first term is scaled, then clipped to +-dpo_clip; beta_2 is PPO's kl_coef; beta_3 = 1; R, the sum of what the
 scorers give, is standardised, clamped to +-10 and stands on the last token that the policy emitted. Log-probs are in
-nats and at temperature 1. beta_1 = 0 trains no pi_dpo and is PPO, to the bit. `granularity` has the paper's ablations.
+nats, at temperature 1. beta_1 = 0 trains no pi_dpo and is PPO on that R, to the bit. `granularity` has the ablations.
 
 At the defaults log-ratios beyond +-1 are clipped: ``rto/dpo_clipped`` is the share of such tokens. The token reward is
 not centred, so it moves lengths: read ``completions/mean_length``; R is what holds them.
