@@ -228,11 +228,41 @@ def test_tokens_that_the_policy_did_not_emit_are_masked_everywhere():
     objective = options(PPO)
     object.__setattr__(objective, "rewards", lambda e, s: seen.append(e) or e.reward_NT)
     step = make_step(objective, lm, Counts(), generate=with_tool)
+    step.models["reference"] = exact_lm(3)
     result = step.run([0, 1], train=True)
     (experience,) = seen
+    assert (experience.log_ratio() != 0).equal(experience.mask_NT)
     assert not experience.reward_NT.any() and not experience.mask_NT[:, 3:5].any()
     assert not experience.value_NT[:, 3:5].any()
     assert result.count == 2 * 4 * 4  # prompts, completions, emitted tokens
+
+
+def test_only_what_was_cut_off_is_masked():
+    """One of two answers ended: its tokens alone are learned from, against the mean of both."""
+
+    def half(lm, prompts, n, sampling, *, seed):
+        ids = [[5, 6, WANTED], [7, 8, 9, 10]]
+        return [[lm.trace_of_ids(p, one, ended=k == 0) for k, one in enumerate(ids)] for p in prompts]
+
+    objective = GRPO(rollouts=Rollouts(generations=2, mask_truncated=True), advantage=GroupNormalised(std=False))
+    result = make_step(objective, generate=half).run([0, 1], train=True)
+    assert result.count == 2 * 3 and result.loss == pytest.approx(-6 * 0.5)
+
+
+def test_the_kl_coefficient_of_the_next_batch_is_adapted_to_this_ones_kl():
+    lm = exact_lm(0)
+    control = KLControl(kl_coef=0.1, kl_target=1e-3, kl_horizon=64.0)
+    objective = PPO(kl=control, rollouts=Rollouts(generations=4, sampling=SHORT))
+    step = make_step(objective, lm, Near())
+    step.models["reference"], seen = exact_lm(3), []
+    inner = PPO.advantages
+    object.__setattr__(objective, "advantages", lambda e, r, s: seen.append((e, r)) or inner(objective, e, r, s))
+    step.run([0, 1], train=True)
+    ((experience, reward),) = seen
+    torch.testing.assert_close(reward, experience.reward_NT - 0.1 * experience.log_ratio(), rtol=0, atol=1e-6)
+    error = float((experience.log_ratio().sum(1).mean() / 1e-3 - 1).clamp(-0.2, 0.2))
+    assert abs(error) == pytest.approx(0.2)
+    assert float(step.state.kl_coef) == pytest.approx(0.1 * (1 + error * 8 / 64))
 
 
 def test_completions_table(tmp_path):
