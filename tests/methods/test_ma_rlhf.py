@@ -263,6 +263,17 @@ def test_every_rule_trains(rule):
     assert np.isfinite(loss) and count == 10 and torch.isfinite(grads).all() and grads.abs().max() > 0
 
 
+def test_defaults_are_the_papers():
+    o = MARLHF()
+    assert (o.macros.rule, o.macros.n, o.macros.value_function, o.policy_loss.ratio) == ("fixed", 5, "equal", "token")
+    assert (o.gae.gamma, o.gae.lam, o.gae.whitening, o.kl.kl_coef, o.reward_clip) == (1.0, 0.95, "none", 0.05, 2.5)
+    assert (o.policy_loss.clip, o.value.value_clip, o.policy_loss.aggregate) == (0.2, 0.2, "token")
+    assert (o.rollouts.inner_epochs, o.rollouts.minibatches, o.rollouts.generations) == (1, 1, 1)
+    sampling = o.rollouts.sampling
+    assert (sampling.max_new_tokens, sampling.temperature, sampling.top_k) == (512, 0.8, 50)
+    assert (o.macros.ppl_cut, o.macros.parser_cutoff, o.macros.discount) == ("release", 5, "macro")
+
+
 @pytest.mark.parametrize(
     "bad",
     [
