@@ -282,6 +282,9 @@ def test_the_kl_coefficient_adapts_and_is_clipped():
     assert float(critic.kl_coef) == pytest.approx(0.1 * (1 + 0.1 * 10 / 100))
     critic.observe(torch.full((10,), 600.0))
     assert float(critic.kl_coef) == pytest.approx(0.1 * 1.01 * (1 + 0.2 * 10 / 100))
+    short = Critic(exact_lm(0).causal.config, KLControl(kl_target=6.0, kl_horizon=2.0), values=False)
+    with pytest.raises(ValueError, match=r"too short for 10 completions.* give more than 2 "):
+        short.observe(torch.full((10,), 0.0))
     fixed = Critic(exact_lm(0).causal.config, KLControl(kl_coef=0.1), values=False)
     fixed.observe(torch.full((10,), 600.0))
     assert float(fixed.kl_coef) == pytest.approx(0.1)
