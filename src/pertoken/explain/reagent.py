@@ -19,7 +19,7 @@ digits, punctuation). Soft metrics: `_replacement.soft_faithfulness`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -35,6 +35,7 @@ from ..core.trace import Trace
 from ._replacement import Replace, replacer
 
 CLAMP = 1e-6
+Watch = Callable[[int, Tensor], None]
 
 
 def update(scores_BT: Tensor, replaced_BT: Tensor, delta_B: Tensor) -> Tensor:
@@ -133,11 +134,14 @@ class ReAGent:
         return Credit(trace=trace, values=values, kind="attribution", over="all", method="reagent", meta=meta)
 
     @torch.no_grad()
-    def attribute(self, lm: LM, ids: Sequence[int], target: int, key: Sequence[int] = ()) -> dict[str, Any]:
+    def attribute(
+        self, lm: LM, ids: Sequence[int], target: int, key: Sequence[int] = (), watch: Watch | None = None
+    ) -> dict[str, Any]:
         """The attribution of one target.
 
         Args:
             ids: the input. key: with the seed, decides the draws.
+            watch: told of S (B, t) after each step.
 
         Returns:
             ``scores`` (t,) that sum to 1, ``rationale`` (positions), ``steps`` of each probe, ``converged``, ``p0``,
@@ -166,6 +170,8 @@ class ReAGent:
             delta = p0 - self._probabilities(lm, probed)[:, target].double()
             scores = torch.where(running[:, None], update(scores, mask, delta), scores)
             forwards += 1
+            if watch is not None:
+                watch(step, scores)
             if self.stop.top_k and step >= self.stop.min_steps and step % self.stop.every == 0:
                 kept = kept_positions(scores, free_T, n)
                 left = self._probabilities(lm, torch.where(kept, ids_T, replace(self.probes, rng)))
