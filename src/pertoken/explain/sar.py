@@ -31,7 +31,7 @@ from ..core.lm import LM
 from ..core.signals import token_signals
 from ..core.trace import Trace
 
-Similarity = Callable[[Sequence[tuple[str, str]]], Sequence[float]]
+Similarity = Callable[[Sequence[tuple[str, str]]], Sequence[float] | np.ndarray]
 """Pairs of texts -> how alike they are, in [0, 1]."""
 
 

@@ -132,6 +132,14 @@ class StochasTok:
         rng = np.random.default_rng([self.seed, *key])
         return expand(ids, _known(byte_view(tokenizer))[0], self.proportion, rng, self.cap)
 
+    def pieces(self, texts: Sequence[str], tokenizer: Any) -> list[list[bytes]]:
+        """The pieces of texts, as a model that is trained with this method may see them."""
+        view, out = byte_view(tokenizer), []
+        for number, text in enumerate(texts):
+            ids, _ = self.expand(view.pieces_of_text(text)[0], tokenizer, number)
+            out.append(list(view.pieces(ids, at_start=True)))
+        return out
+
     def trace(self, trace: Trace, tokenizer: Any, *key: int, prompt_ids: tuple[int, ...] | None = None) -> Trace:
         """The same completion in smaller pieces: each inherits whether the policy emitted it. Recorded log-probs are
         dropped, as they were of other tokens.
