@@ -122,7 +122,7 @@ def main(options: Options) -> None:
                 seen[step] = free.softmax(1).mean(0).numpy()
 
         method = ReAGent(
-            probes=4, max_steps=options.steps, sampler="uniform", stop=Stop(top_k=0), fixed=held, seed=number
+            probes=4, max_steps=options.steps, sampler="uniform", stop=Stop(among=0), fixed=held, seed=number
         )
         found = method.attribute(lm, ids, prompt["target"], watch=watch)
         for step, values in seen.items():
@@ -137,7 +137,7 @@ def main(options: Options) -> None:
             undefined += bool(np.isnan(nc))
             metrics[name].append(nc)
         if number < options.free:
-            method = ReAGent(probes=4, max_steps=options.steps, sampler="uniform", stop=Stop(top_k=0), seed=number)
+            method = ReAGent(probes=4, max_steps=options.steps, sampler="uniform", stop=Stop(among=0), seed=number)
             free = method.attribute(lm, ids, prompt["target"])["scores"]
             ranks.setdefault("clause free", []).append(rank(free, prompt["cue"]))
     print(f"{'':<14}{'first':>8}{'top 3':>8}   ranks")

@@ -11,7 +11,7 @@ from pertoken.explain._replacement import distance, inferential, replacer, shape
 from pertoken.explain.reagent import ReAGent, Stop, kept_positions, update
 from tests import tiny
 
-NEVER = Stop(top_k=0)
+NEVER = Stop(among=0)
 
 
 def t(*rows):
@@ -168,14 +168,14 @@ def test_fixed_and_special_positions_get_nothing():
 
 def test_a_rationale_as_long_as_the_input_stops_at_the_first_test():
     lm, probabilities = copying()
-    stop = Stop(rationale=10, min_steps=0, top_k=3)
+    stop = Stop(rationale=10, min_steps=0, among=3)
     found = attribute(lm, probabilities, ReAGent(stop=stop), [10, 11, 5, 12])
     assert found["steps"] == [1] * 5 and found["converged"] and sorted(found["rationale"]) == [0, 1, 2, 3]
 
 
 def test_stopping_is_sticky_and_tested_when_said():
     lm, probabilities = copying()
-    stop = Stop(rationale=1, min_steps=6, every=4, top_k=1)
+    stop = Stop(rationale=1, min_steps=6, every=4, among=1)
     found = attribute(lm, probabilities, ReAGent(stop=stop, max_steps=200), [10, 11, 5, 12, 13])
     assert found["converged"] and all(s % 4 == 0 and s >= 8 for s in found["steps"]) and found["rationale"] == [2]
 
@@ -210,7 +210,7 @@ def test_bad_input():
     for bad in ({"probes": 0}, {"ratio": 0.0}, {"ratio": 1.0}, {"init": "x"}, {"max_steps": 0}):
         with pytest.raises(ValueError):
             ReAGent(**bad)
-    for bad in ({"top_k": -1}, {"every": 0}, {"rationale_ratio": 0.0}):
+    for bad in ({"among": -1}, {"every": 0}, {"rationale_ratio": 0.0}):
         with pytest.raises(ValueError):
             Stop(**bad)
     assert Stop(rationale=0, rationale_ratio=0.3).size(11) == 4

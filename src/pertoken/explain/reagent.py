@@ -55,7 +55,7 @@ def kept_positions(scores_BT: Tensor, free_T: Tensor, n: int) -> Tensor:
 class Stop:
     """When a probe has found enough."""
 
-    top_k: int = 3
+    among: int = 3
     """k: the target must be among so many predictions. 0: never stop."""
     rationale: int = 8
     """n, positions that are kept (0: `rationale_ratio` of them)."""
@@ -67,7 +67,7 @@ class Stop:
     """Steps before the first."""
 
     def __post_init__(self) -> None:
-        if min(self.top_k, self.rationale, self.min_steps) < 0 or self.every < 1 or not 0 < self.rationale_ratio <= 1:
+        if min(self.among, self.rationale, self.min_steps) < 0 or self.every < 1 or not 0 < self.rationale_ratio <= 1:
             raise ValueError(f"{self}: counts are 0 or more, every is 1 or more, rationale_ratio in (0, 1]")
 
     def size(self, free: int) -> int:
@@ -172,12 +172,12 @@ class ReAGent:
             forwards += 1
             if watch is not None:
                 watch(step, scores)
-            if self.stop.top_k and step >= self.stop.min_steps and step % self.stop.every == 0:
+            if self.stop.among and step >= self.stop.min_steps and step % self.stop.every == 0:
                 kept = kept_positions(scores, free_T, n)
                 left = self._probabilities(lm, torch.where(kept, ids_T, replace(self.probes, rng)))
                 rank = (left > left[:, target, None]).sum(1)
                 forwards += 1
-                done = running & (rank < self.stop.top_k)
+                done = running & (rank < self.stop.among)
                 steps[done.numpy()] = step
                 running &= ~done
                 if not running.any():
