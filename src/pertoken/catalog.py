@@ -411,6 +411,17 @@ _ROWS = (
         stochastic=True,
     ),
     Method(
+        "charbench",
+        "bench",
+        "pertoken.bench.charbench:CharBench",
+        "Questions about the characters of words, and what the tokenizer's cut has to do with errors",
+        system="charbench",
+        paper="2508.02591",
+        family="benchmark",
+        level="token",
+        item="text",
+    ),
+    Method(
         "stochastok",
         "tokenize",
         "pertoken.tokenize.stochastok:StochasTok",
