@@ -119,9 +119,8 @@ def main(options: Options) -> None:
     slope, low, high = logistic_slope(x, [g.correct for g in graded["BPE"]], [place])
     gain = 100 * (accuracy["letters"] - accuracy["BPE"])
     error = 196 * float(np.sqrt(sum(a * (1 - a) for a in accuracy.values()) / len(questions)))
-    print(
-        f"letters {gain:+.1f} +- {error:.1f} points above BPE; slope on token length {slope:.3f} [{low:.3f}, {high:.3f}]"
-    )
+    print(f"letters {gain:+.1f} +- {error:.1f} points above BPE")
+    print(f"slope on token length {slope:.3f} [{low:.3f}, {high:.3f}]")
     reached = bool(gain >= 15 and high < 0)
     print("reached" if reached else "MISSED")
     if options.save:
