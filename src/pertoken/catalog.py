@@ -422,6 +422,16 @@ _ROWS = (
         item="text",
     ),
     Method(
+        "pawn",
+        "explain",
+        "pertoken.explain.pawn:PAWN",
+        "Whether a text is machine-written, and which tokens say so",
+        system="pawn",
+        paper="2501.03940",
+        family="detection",
+        level="token",
+    ),
+    Method(
         "stochastok",
         "tokenize",
         "pertoken.tokenize.stochastok:StochasTok",

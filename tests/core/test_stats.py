@@ -138,6 +138,8 @@ def naive(logits: Tensor, ids: Tensor) -> dict[str, Tensor]:
         rows["margin"].append(torch.tensor(max(plain) - second))
         rows["rank"].append(torch.tensor(sum(x > plain[i] for x in plain)))
         rows["sumsq"].append((probs * probs).sum())
+        rows["quantile"].append((probs >= probs[i]).double().mean())
+        rows["mass"].append(probs[probs >= probs[i]].sum())
     return {name: torch.stack(values) if values else logp.new_zeros(0) for name, values in rows.items()}
 
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .packing import evaluating
 
-DESCRIPTIVE = ("entropy", "top1", "top1_logp", "margin", "rank", "sumsq")
+DESCRIPTIVE = ("entropy", "top1", "top1_logp", "margin", "rank", "quantile", "mass", "sumsq")
 
 
 class Head:
@@ -106,6 +106,10 @@ def describe(logp: Tensor, ids: Tensor, wants: tuple[str, ...]) -> dict[str, Ten
             out[want] = -torch.where(logp > -torch.inf, logp * logp.exp(), 0.0).sum(-1)
         elif want == "rank":
             out[want] = (logp > chosen).sum(-1)
+        elif want == "quantile":
+            out[want] = (logp >= chosen).sum(-1).to(logp) / logp.shape[-1]
+        elif want == "mass":
+            out[want] = torch.where(logp >= chosen, logp.exp(), 0.0).sum(-1)
         elif want == "sumsq":
             out[want] = (2 * logp).exp().sum(-1)
         elif want == "top1":

@@ -20,7 +20,7 @@ from .packing import evaluating
 from .stats import layers_of
 from .trace import Trace
 
-SCALAR = ("logp", "entropy", "margin", "rank", "top1", "top1_logp", "sumsq")
+SCALAR = ("logp", "entropy", "margin", "rank", "quantile", "mass", "top1", "top1_logp", "sumsq")
 """Signals of one number a token; the others (``hidden``, ``hidden_all``, ``hidden_end``...) are vectors, which take
 room: ask for them where they are needed."""
 _VERSION = 1

@@ -42,7 +42,8 @@ class Stats:
         logp_NT: log-prob of each token, natural log, float32 or better; NaN if nothing was wanted that needs it.
         extra: other statistics by name, each of shape (N, T) or (N, T, ...): ``entropy`` (nats), ``top1`` (id),
             ``top1_logp``, ``margin`` (log-prob of the likeliest less that of the second), ``rank`` (0 is the
-            likeliest), ``sumsq`` (sum of squared probabilities), ``hidden`` (N, T, H), ``hidden_all`` (N, T, L+1, H),
+            likeliest), ``quantile`` (share of the vocabulary that is at least as likely), ``mass`` (its probability),
+            ``sumsq`` (sum of squared probabilities), ``hidden`` (N, T, H), ``hidden_all`` (N, T, L+1, H),
             ``kl_forward:OTHER`` = KL(other || this), ``kl_reverse:OTHER`` = KL(this || other), captured modules by
             their name, ``mean:NAMES`` and ``sigmoid:NAMES`` (N, T, K), one number of each of K modules (`capture`), and
             whatever the objectives' joints returned. ``hidden`` stands at the position that predicts a token. Of each
