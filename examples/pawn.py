@@ -137,7 +137,7 @@ def main(options: Options) -> None:
             baseline_value=best[1],
             bound="; ".join(checks),
             reached=all(checks.values()),
-            world=f"signals of SmolLM2, {len(rows)} texts of {length} tokens (pubmed, squad, writing; eight generators)",
+            world=f"signals of SmolLM2, {len(rows)} texts of {length} tokens (three domains, eight generators)",
             seeds=options.seeds,
             notes="interval: least and greatest of the seeds; "
             + "; ".join(f"{c}: {'yes' if g else 'no'}" for c, g in checks.items()),

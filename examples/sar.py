@@ -3,8 +3,13 @@
 300 generated questions (capitals, sums up to 40, conversions of units), K = 5 sampled answers of at most 16 tokens at
 temperature 0.5, t = 0.001, all-MiniLM as the similarity. An answer is right if the greedy one holds the gold text as a
 word. AUROC of each score for "wrong"; bound: SAR at least 0.02 above both LN-PE and PE, at an accuracy of 20 to 80 %.
+Two remedies are printed beside it: similarity of answers alone, and a space between question and answer.
 
-    python examples/sar.py           300 questions
+What was learned. The bound is missed, by the tokens' half: sentSAR is the best of all scores (0.82), but weighing tokens
+by relevance makes the mean surprise a worse score than it was. The answers repeat the question ("The capital of ... is
+..."), and MiniLM's cosine falls as much without a word of the question as without the word that is asked for.
+
+    python examples/sar.py           300 questions (ten minutes on one core: 25,000 texts through MiniLM)
     python examples/sar.py --n 60    fewer
 """
 
@@ -46,6 +51,10 @@ UNITS = (
     ("months", "year", 12), ("grams", "kilogram", 1000),
     ("inches", "foot", 12), ("years", "decade", 10), ("years", "century", 100),
 )  # fmt: skip
+REMEDIES = {
+    "answers alone": SAR(tokens="alone", answers="alone"),
+    "a space between": SAR(join=" "),
+}
 SCORES = ("sar", "sentence_sar", "token_sar", "semantic_entropy", "length_normalised_entropy", "perplexity_entropy")
 
 
@@ -98,6 +107,11 @@ def main(options: Options) -> None:
     credits = SAR().explain(lm, [t for some in drawn for t in some])
     found = [credits[i * options.answers][0].meta["scores"] for i in range(len(asked))]
     scores = {name: np.array([f[name] for f in found]) for name in SCORES}
+    for name, other in REMEDIES.items():
+        again = other.explain(lm, [t for some in drawn for t in some])
+        for kind in ("token_sar", "sar"):
+            found_too = [again[i * options.answers][0].meta["scores"][kind] for i in range(len(asked))]
+            scores[f"{kind}, {name}"] = np.array(found_too)
     scores["1 - lexical similarity"] = np.array([1 - lexical_similarity([t.text for t in some]) for some in drawn])
     print(f"{len(asked)} questions, accuracy {1 - wrong.mean():.3f}, K = {options.answers}")
     table = {name: auroc(s, wrong) for name, s in scores.items()}

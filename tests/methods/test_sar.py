@@ -155,6 +155,20 @@ def test_questions_are_told_apart_by_their_prompts():
     assert mixed[1][0].meta["scores"]["sar"] == pytest.approx(mixed[1][0].meta["scores"]["token_sar"])
 
 
+def test_relevance_may_be_judged_in_the_answer_alone():
+    lm, seen = tiny.lm(), []
+
+    def g(pairs):
+        seen.extend(pairs)
+        return overlap(pairs)
+
+    SAR(similarity=g, tokens="alone", answers="alone").explain(lm, answers(lm))
+    assert seen and not any("how was" in a + b for a, b in seen)
+    seen.clear()
+    SAR(similarity=g, join=" | ").explain(lm, answers(lm))
+    assert all(a.startswith("how was the film | ") for a, _ in seen)
+
+
 def test_removal_of_occurrences():
     lm = tiny.lm()
     trace = lm.trace("q", "ooo")
@@ -200,6 +214,6 @@ def test_minilm_similarity_takes_any_encoder():
 
 
 def test_bad_options():
-    for bad in ({"t": 0.0}, {"removal": "x"}, {"answers": "x"}):
+    for bad in ({"t": 0.0}, {"removal": "x"}, {"answers": "x"}, {"tokens": "x"}):
         with pytest.raises(ValueError):
             SAR(**bad)

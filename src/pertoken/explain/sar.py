@@ -125,6 +125,8 @@ class SAR:
     """What the answer is without a token: without that token, or without its text everywhere."""
     join: str = ""
     """Between question and answer."""
+    tokens: Literal["with_question", "alone"] = "with_question"
+    """What a token's relevance is judged in: question and answer, or the answer alone."""
     answers: Literal["with_question", "alone"] = "with_question"
     """What sentence similarity compares."""
     similarity: Any = None
@@ -133,8 +135,11 @@ class SAR:
     def __post_init__(self) -> None:
         if not self.t > 0:
             raise ValueError(f"t={self.t} must be above 0")
-        if self.removal not in ("position", "occurrences") or self.answers not in ("with_question", "alone"):
-            raise ValueError(f"{self}: removal is position or occurrences, answers with_question or alone")
+        if self.removal not in ("position", "occurrences") or not {self.tokens, self.answers} <= {
+            "with_question",
+            "alone",
+        }:
+            raise ValueError(f"{self}: removal is position or occurrences, tokens and answers with_question or alone")
 
     def explain(self, lm: LM, traces: Sequence[Trace]) -> list[list[Credit]]:
         """One credit an answer; answers to one prompt (same ids) are a question's samples. ``meta``: of the answer
