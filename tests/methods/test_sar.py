@@ -166,7 +166,7 @@ def test_relevance_may_be_judged_in_the_answer_alone():
     assert seen and not any("how was" in a + b for a, b in seen)
     seen.clear()
     SAR(similarity=g, join=" | ").explain(lm, answers(lm))
-    assert all(a.startswith("how was the film | ") for a, _ in seen)
+    assert seen and all("how was" in a and " | " in a for a, _ in seen)
 
 
 def test_removal_of_occurrences():

@@ -168,7 +168,8 @@ class SAR:
         """``values``: R~ e of each answer, (T,) each; ``scores``: of the question, by name."""
         asked = [f"{t.meta.get('prompt', t.prompt_text)}" for t in traces]
         whole = [f"{q}{self.join}{t.text}" for q, t in zip(asked, traces, strict=True)]
-        probes = [(whole[j], f"{asked[j]}{self.join}{rest}") for j, t in enumerate(traces) for rest in self.without(t)]
+        before = [f"{q}{self.join}" if self.tokens == "with_question" else "" for q in asked]
+        probes = [(b + t.text, b + rest) for b, t in zip(before, traces, strict=True) for rest in self.without(t)]
         alike = np.asarray(g(probes), np.float64)
         values, at = [], 0
         for trace, e in zip(traces, surprisals, strict=True):
