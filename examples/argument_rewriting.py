@@ -14,7 +14,7 @@ by itself, so a classifier of the other half judges, too. Bounds: gain of mean R
 judge's mean a rises; on the corpus, macro-F1 at least 0.68 as well. Table: other weights, the unchanged original, and
 what is reported and not optimised. Perplexity is SmolLM2's own, not GPT-2's, and the median.
 
-    python examples/argument_rewriting.py                   about three minutes
+    python examples/argument_rewriting.py                   about four minutes of one core
     python examples/argument_rewriting.py --corpus FILE     the paper's data
     python examples/argument_rewriting.py --dev             on trial sentences, for choices (see below)
     python examples/argument_rewriting.py --full            PPO by the paper's recipe, w_a 0.3, 0.5, 0.9 (on a GPU)
