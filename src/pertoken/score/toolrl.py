@@ -204,10 +204,12 @@ def gold_of(trace: Trace) -> str:
 
 
 def thinking(text: str) -> Span | None:
-    """What stands after the last <think>, up to the next </think>."""
+    """What stands after the last <think>, up to the next </think> (or the end); None where one of them is missing."""
     start = text.rfind("<think>")
-    end = text.find("</think>", start)
-    return (start + len("<think>"), end) if start >= 0 and end >= 0 else None
+    end = text.find("</think>", max(0, start))
+    if start < 0 or "</think>" not in text:
+        return None
+    return start + len("<think>"), end if end >= 0 else len(text)
 
 
 def _gold_calls(gold: str, trace: Trace) -> list[dict[str, Any]]:
@@ -225,7 +227,7 @@ def _where(gold: Sequence[dict], found: Sequence[Call], text: str, low: float, h
     """Correctness on spans: each part of S_max from its share of `low` to its share of `high`."""
     predicted = [call.data for call in found]
     end = block(text)[1]
-    tail = (end, end + len(CLOSE))
+    tail = (min(end, len(text) - 1), min(end + len(CLOSE), len(text)))
     unit = most(gold, how)
     worth = lambda earned, weight=1.0: (low * weight + (high - low) * earned) / unit
     names = match([g["name"] for g in gold], [p["name"] for p in predicted], how == "strict")
