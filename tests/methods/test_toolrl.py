@@ -228,3 +228,6 @@ def test_bad_rows_are_named():
     assert ToolRL().score([nested])[0].reduce() == pytest.approx(4.0)
     with pytest.raises(ValueError, match="step"):
         ToolRL(step=-1)
+    for option in ({"granularity": "medium"}, {"scale": "two"}, {"schedule": "x"}, {"length": "x"}, {"level": "x"}):
+        with pytest.raises(ValueError, match="is not one of"):
+            ToolRL(**option)
