@@ -14,7 +14,8 @@ join earn less than their neighbours. The sum is R.
 
 Differs from the authors' code: names and SELECT are compared whatever their case, the query is run as it is written,
 syntax asks for one read-only statement, and format is not below 0; ``compat=True`` gives the release's numbers, except
-that what is no query (PRAGMA, writes) is never run and has syntax 0. Queries end after a number of steps, not seconds.
+that what is no query (PRAGMA, writes) is never run and has syntax 0. Queries end after a number of steps; seconds are a
+net under it. The judge's number is cut to [0, 2].
 """
 
 from __future__ import annotations
