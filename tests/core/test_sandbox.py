@@ -2,6 +2,7 @@
 
 import hashlib
 import sqlite3
+import time
 
 import pytest
 
@@ -13,8 +14,9 @@ def database(tmp_path):
     path = tmp_path / "shop ?#%.sqlite"  # a name that a URI could misread
     connection = sqlite3.connect(path)
     connection.executescript(
-        "CREATE TABLE item (id INTEGER PRIMARY KEY, name TEXT, price REAL);"
+        "BEGIN; CREATE TABLE item (id INTEGER PRIMARY KEY, name TEXT, price REAL);"
         + "".join(f"INSERT INTO item VALUES ({i}, 'thing {i}', {i}.5);" for i in range(300))
+        + "COMMIT;"
     )
     connection.close()
     return path
@@ -114,6 +116,16 @@ def test_the_budget_counts(database):
     sql = "SELECT count(*) FROM item a, item b"
     assert run_sql(database, sql).ok
     assert run_sql(database, sql, SQLLimits(steps=2000)).kind == "stopped"
+
+
+def test_few_but_slow_instructions_are_stopped_too(database):
+    """A search of a long string is one instruction of the virtual machine."""
+    slow = "instr(printf('%.*c', 20000, 'a'), printf('%.*c', 9000, 'a') || 'b' || x.id)"
+    start = time.monotonic()
+    found = run_sql(database, f"SELECT count(*) FROM item, item x WHERE {slow}", SQLLimits(seconds=0.1))
+    assert found.kind == "stopped" and "seconds" in found.error and time.monotonic() - start < 5
+    with pytest.raises(ValueError, match="seconds above 0"):
+        SQLLimits(seconds=0)
 
 
 def test_faults_of_the_user(tmp_path, database):

@@ -95,6 +95,7 @@ def test_blank_and_empty():
 
 def test_answers_are_taken_out_of_their_tags():
     assert answer_of("x <answer> a </answer> y <answer>b</answer>") == "a"
+    assert answer_of("<answer>a<answer>b</answer>") == "a" and answer_of("</answer> x <answer> a") == "a"
     assert answer_of("x <answer> a ") == "a" and answer_of(" plain ") == "plain"
     assert Bleuberi().score([trace_of(f"<think>t</think><answer>{REFERENCE}</answer>")])[0].reduce() == pytest.approx(
         1.0
@@ -169,6 +170,19 @@ def test_credit_is_the_answers_not_that_of_the_same_words_in_the_thinking():
     start = len("<think>") + len(REFERENCE)
     assert credit.spans([(0, start)])[0] == pytest.approx(0.0)
     assert credit.spans([(text.index("<answer>"), len(text))])[0] == pytest.approx(1.0)
+
+
+def test_credit_is_not_the_tags_where_the_answer_is_their_word():
+    text = "<answer>answer</answer>"
+    credit = Bleuberi().score([trace_of(text, ["answer"])])[0]
+    start = len("<answer>")
+    assert credit.spans([(start, start + len("answer"))])[0] > 0.6 > credit.spans([(0, start)])[0]  # tokens span both
+
+
+@pytest.mark.parametrize("option", [{"flavour": "blue"}, {"z_over": "all"}, {"level": "word"}])
+def test_a_misspelt_choice_is_refused(option):
+    with pytest.raises(ValueError, match="is not one of"):
+        Bleuberi(**option)
 
 
 def test_rows_without_references_are_named():

@@ -56,6 +56,8 @@ def test_a_model_answers_the_pool():
 def test_bad_use():
     with pytest.raises(ValueError, match="give lm and scorer"):
         BleuberiSelect().weights([])
+    with pytest.raises(ValueError, match="how='hardest' is not one of hard, easy"):
+        BleuberiSelect(how="hardest")
     with pytest.raises(ValueError, match="1 or more"):
         BleuberiSelect(keep=0)
 

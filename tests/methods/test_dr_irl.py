@@ -45,6 +45,13 @@ def test_clauses():
     ]
     assert clauses("no end at all") == ["no end at all"]
     assert clauses("我不能。为什么？对不起；好！") == ["我不能", "为什么", "对不起", "好"]
+    assert clauses("一．二｡三\x85four\x0bfive") == [
+        "一",
+        "二",
+        "三",
+        "four",
+        "five",
+    ]  # full and half width, line breaks
     assert clauses(" ...!\n") == clauses("") == []
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pertoken.core.trace import Trace
-from pertoken.score._sql import extract, format_score, ngram_similarity, schema_linking
+from pertoken.score._sql import cleaned, extract, format_score, ngram_similarity, schema_linking, words
 from pertoken.score.reasoning_sql import ReasoningSQL, SQLWeights
 
 pytest.importorskip("sqlglot", reason="pip install 'pertoken[sql]'")
@@ -108,6 +108,32 @@ def test_quotes_become_single_only_under_compat(database):
     assert parts('SELECT "name" FROM customer', database, gold, compat=True)["execution"] == 0
 
 
+def test_compat_cleans_every_query_that_it_runs(database):
+    """The release's execute_sql cleans the gold query, and what the syntax is judged by, too."""
+    gold = 'SELECT "name" FROM customer'
+    assert parts("SELECT 'name'", database, gold, compat=True)["execution"] == 3  # the literal, not the column
+    assert parts("SELECT 'name'", database, gold)["execution"] == 0
+    assert cleaned("SELECT\n\\\\'a\\\"") == "SELECT 'a'"  # any run of backslashes before a quote
+    broken = "SELECT name FROM customer WHERE name = \\'Ann\\'"
+    assert parts(broken, database)["syntax"] == 0 and parts(broken, database, compat=True)["syntax"] == 1
+    quoted = 'SELECT name FROM customer WHERE name = "Ann\'s"'
+    assert parts(quoted, database)["syntax"] == 1 and parts(quoted, database, compat=True)["syntax"] == 0
+
+
+def test_compat_counts_the_star_of_a_table_and_fails_without_names():
+    gold, named = "SELECT t.* FROM t", "SELECT a FROM t"
+    assert schema_linking(gold, named) == 1.0 and schema_linking(gold, named, compat=True) == 0.5
+    assert schema_linking(gold, gold, compat=True) == 1.0
+    assert schema_linking("SELECT COUNT(*) FROM t", named, compat=True) == 1.0
+    assert schema_linking("SELECT 1", "SELECT 2", compat=True) == 0.0
+
+
+def test_words_of_what_does_not_parse_or_is_too_deep():
+    assert words("SELEC a AS b FROM (") == ["selec", "a", "b", "from"]
+    deep = "SELECT a" + ".b" * 3000
+    assert len(words(deep)) == 3002 and ngram_similarity(deep, deep) == 1.0
+
+
 def test_format():
     assert format_score(answer("x")) == pytest.approx(0.5)
     bare = answer("x", end="")
@@ -136,6 +162,11 @@ def test_judge_is_asked_only_when_rows_differ(database):
     assert parts("SELECT age FROM customer", database, judge=judge)["judge"] == 1.5
     assert asked == [("", "", GOLD, "SELECT age FROM customer")]
     assert parts("SELECT 1", database, judge=lambda *_: 9)["judge"] == 2
+
+    for none in ("", "I cannot say", "DROP TABLE city"):  # no SELECT: 0, and nobody is asked
+        assert parts(none, database, judge=judge)["judge"] == 0 and len(asked) == 1
+    assert parts("select age from customer", database, judge=judge, compat=True)["judge"] == 0 and len(asked) == 1
+    assert parts("SELECT nothing FROM customer", database, judge=judge)["judge"] == 1.5  # one that fails is judged
 
     for bad in (lambda *_: "good", lambda *_: float("nan"), lambda *_: 1 / 0):
         (credit,) = ReasoningSQL(judge=bad).score([trace_of(answer("SELECT 1"), database)])

@@ -73,8 +73,9 @@ def test_identities():
     x = np.linspace(-50, 50, 101)
     assert (lsc(x, 3.0) <= 0).all() and (np.diff(lsc(x, 3.0)) > 0)[:90].all()
     assert lsc(-40.0, 3.0) - (-43.0) == pytest.approx(0.0, abs=1e-12)
-    for far in (-800.0, 50.0):
-        assert np.isfinite(lsc(far, 0.0))
+    for far, slope in ((-800.0, 1.0), (50.0, math.exp(-50.0))):
+        found = (lsc(far + 1e-3, 0.0) - lsc(far - 1e-3, 0.0)) / 2e-3
+        assert np.isfinite(lsc(far, 0.0)) and found == pytest.approx(slope, rel=1e-5)
     rng = np.random.default_rng(0)
     r, ref = rng.normal(size=(3, 8)), rng.normal(size=(3, 8))
     product = np.prod(1 / (1 + np.exp(ref - r)), 0)
@@ -82,7 +83,8 @@ def test_identities():
     shift = rng.normal(size=8)
     np.testing.assert_allclose(conjunction(r + shift, ref + shift), conjunction(r, ref))
     np.testing.assert_allclose(np.exp(disjunction(r, ref)), 1 - np.prod(1 - 1 / (1 + np.exp(ref - r)), 0))
-    assert np.isfinite(disjunction(np.full((2, 1), -800.0), np.zeros((2, 1)))).all()
+    for far in (-20.0, -40.0, -800.0):  # one of two: twice the probability of each, also where it underflows
+        assert disjunction(np.full((2, 1), far), np.zeros((2, 1)))[0] == pytest.approx(far + math.log(2), rel=1e-9)
 
 
 def test_the_tilted_policy_is_the_probability_to_a_power():
@@ -125,6 +127,18 @@ def test_references_are_made_once_from_the_base_policys_samples():
     np.testing.assert_allclose([c.reduce() for c in found], lsc([0.4, 0.9], 0.3))
     with pytest.raises(ValueError, match="row 0: its prompt has no reference"):
         scorer.score(traces(prompt="three?"))
+
+
+def test_each_reward_may_have_a_reference_of_its_own_kind():
+    """Helpfulness: a quantile of samples; harmlessness: the mean reward of canned answers."""
+    samples, canned = [traces(("aaa", "bbbbbb", "c", "dd", "eeee"))], [traces(("no", "oh no no"))]
+    scorer = RewardTransform(rewards=[Length(), Letters("o")], q=0.5).refer(samples, of=[0])
+    with pytest.raises(ValueError, match="its prompt has no reference"):
+        scorer.score(traces())
+    scorer.refer(canned, of=[1], mean=True)
+    rewards = [c.reduce() for c in Letters("o").score(canned[0])]
+    assert scorer.references.of(samples[0][0]) == (pytest.approx(0.3), pytest.approx(np.mean(rewards)))
+    assert np.ptp(rewards) > 0 and np.isfinite(scorer.score(traces())[0].reduce())
 
 
 def test_a_conjunction_of_two_and_its_variants():
@@ -171,6 +185,7 @@ def test_scales_are_checked():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         RewardTransform(rewards=[Length()], references=refs).score(traces())
+        RewardTransform(rewards=[Vader()], mode="raw").score(traces())  # a plain sum asks for no scale
 
 
 def test_bad_use():
@@ -182,5 +197,7 @@ def test_bad_use():
         RewardTransform(rewards=[Length()], references=References(default=(1.0, 2.0))).score(traces())
     with pytest.raises(ValueError, match="quantile"):
         RewardTransform(q=1.0)
+    with pytest.raises(ValueError, match="mode='sum' is not one of all, any, raw, centred"):
+        RewardTransform(mode="sum")
     with pytest.raises(ValueError, match="nan"):
         RewardTransform(rewards=[lambda text: float("nan")], references=References(default=(1.0,))).score(traces())

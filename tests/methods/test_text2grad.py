@@ -87,6 +87,8 @@ def test_whitening():
         assert not whitened(torch.full((3, 7), equal), torch.ones(3, 7, dtype=torch.bool)).any()
     assert not whitened(tensor([[5.0]]), torch.ones(1, 1, dtype=torch.bool)).any()
     assert not whitened(tensor([[float("nan"), 3.0]]), torch.tensor([[False, True]]))[0, 1].any()
+    lost = whitened(tensor([[float("nan"), 3.0]]), torch.tensor([[True, True]]))
+    assert lost.isnan().all()  # a fault is seen, not whitened away
 
 
 def test_token_rewards_and_alignment():
@@ -234,6 +236,9 @@ def test_ratio_threshold_is_of_the_whole_update():
 def test_options_are_refused():
     with pytest.raises(ValueError, match="give more than 1"):
         Text2Grad(max_ratio=0.5)
+    for wrong in (lambda: Text2Grad(kl_estimate="k2"), lambda: Critiques(annotator="row")):
+        with pytest.raises(ValueError, match="is not one of"):
+            wrong()
 
 
 # ---- the reward by name

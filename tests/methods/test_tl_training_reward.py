@@ -115,6 +115,8 @@ def test_a_tool_without_known_parameters_has_only_missing_ones():
     assert credit_of("weather(sky='x')", tools={"weather": []}).reduce() == pytest.approx(-1.3)
     trace = cut("weather(sky='x')", gold_call=GOLD, tools=TOOLS, demo_action="unlisted")
     assert TLTrainingReward().score([trace])[0].meta["parts"] == {"missing": -0.5}
+    trace = cut("weather(sky='x')", gold_call=GOLD, tools=TOOLS, demo_action="")  # a prompt without a partial call
+    assert set(TLTrainingReward().score([trace])[0].meta["parts"]) == {"hallucinated", "missing"}
 
 
 def test_parts_stand_on_what_they_speak_of():

@@ -103,6 +103,21 @@ def test_what_does_not_parse_has_the_minimum(bad):
     assert credit.reduce() == pytest.approx(sum(credit.meta["parts"].values()))
 
 
+def test_a_block_ends_at_the_next_tag_of_either_kind():
+    """As the release's splits: text.split(open)[1].split(close)[0], if both tags are anywhere."""
+    one, two = json.dumps(A), json.dumps(B)
+    for text in (
+        f"{THINK}\n<tool_call>\n{one}\n{two}\n<tool_call>\nand so on\n</tool_call>",
+        f"</tool_call>{THINK}\n<tool_call>\n{one}\n{two}\n",
+        f"{GOLD}\n<tool_call>\n{one}\n</tool_call>",
+    ):
+        credit = ToolRL().score([trace_of(text)])[0]
+        assert credit.meta["parts"] == {"format": 0.0, "correctness": 3.0}
+        assert credit.reduce() == pytest.approx(3.0)
+    assert parts(f"</tool_call>\n<tool_call>\n{one}")["correctness"] == pytest.approx(6 * (1 / 2 + 3) / 6 - 3)
+    assert parts(f"<tool_call>\n{one}\n{two}")["correctness"] == -3.0
+
+
 def test_format():
     assert format_ok(GOLD, GOLD) and format_ok(GOLD + "\n", GOLD)
     assert not format_ok("Well. " + GOLD, GOLD) and not format_ok(GOLD + " more", GOLD)
@@ -152,6 +167,9 @@ def test_length():
     assert parts("no tags", length="fixed")["length"] == 0.0 and "length" not in parts(words)
     assert parts(words, length="scheduled", step=105)["length"] == 0.4
     assert thinking("<think>a</think><think>b c</think>") == (23, 26)
+    open_end = f"<think>a</think><think>{'b ' * 256}"  # both tags occur: the release reads on to the end
+    assert parts(open_end, length="fixed")["length"] == 0.5
+    assert thinking("<think>a") is None and thinking("a</think>") is None
 
 
 def test_parts_stand_on_what_they_speak_of():
@@ -210,3 +228,6 @@ def test_bad_rows_are_named():
     assert ToolRL().score([nested])[0].reduce() == pytest.approx(4.0)
     with pytest.raises(ValueError, match="step"):
         ToolRL(step=-1)
+    for option in ({"granularity": "medium"}, {"scale": "two"}, {"schedule": "x"}, {"length": "x"}, {"level": "x"}):
+        with pytest.raises(ValueError, match="is not one of"):
+            ToolRL(**option)

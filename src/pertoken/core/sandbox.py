@@ -2,20 +2,21 @@
 
 The file is opened read-only and immutable; an authoriser lets a statement select, read and call functions, and nothing
 else (no ATTACH, no PRAGMA, no writes, no extension); a progress handler ends it after so many instructions of SQLite's
-virtual machine, or when memory grows; limits bound its length, its strings, its nesting and what it returns. What goes
-wrong is a value, not an exception: a reward has to score it.
+virtual machine, when memory grows, or when it takes far too long; limits bound its length, its strings, its nesting and
+what it returns. What goes wrong is a value, not an exception: a reward has to score it.
 """
 
 from __future__ import annotations
 
 import sqlite3
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
 _ALLOWED = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
 _FORBIDDEN = {"load_extension", "readfile", "writefile", "edit", "fts3_tokenizer", "randomblob", "zeroblob"}
-_EVERY = 1000  # instructions between two looks at the budget
+_EVERY = 200  # instructions between two looks at the budget
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +35,12 @@ class SQLLimits:
     """Bytes of the longest string or blob that it may make on its way."""
     memory: int = 256_000_000
     """Bytes by which the process may grow meanwhile (sorting keeps its rows in memory)."""
+    seconds: float = 10.0
+    """Of the clock: a net under `steps`, for queries whose single instructions are slow (functions of long strings)."""
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.rows, self.size, self.length, self.value, self.memory) < 1:
-            raise ValueError(f"{self}: every limit is 1 or more")
+        if min(self.steps, self.rows, self.size, self.length, self.value, self.memory) < 1 or not self.seconds > 0:
+            raise ValueError(f"{self}: every limit is 1 or more, and seconds above 0")
 
 
 @dataclass(frozen=True)
@@ -118,11 +121,14 @@ def _authorise(action: int, one: str | None, two: str | None, database: str | No
 
 def _run(connection: sqlite3.Connection, sql: str, limits: SQLLimits) -> SQLResult:
     left, most, grown = [limits.steps], _resident() + limits.memory, [False]
+    end, late = time.monotonic() + limits.seconds, [False]
 
     def tick() -> int:
         left[0] -= _EVERY
-        grown[0] = _resident() > most
-        return int(left[0] < 0 or grown[0])
+        late[0] = time.monotonic() > end
+        if left[0] // _EVERY % 5 == 0:  # reading the memory costs as much as the steps
+            grown[0] = _resident() > most
+        return int(left[0] < 0 or grown[0] or late[0])
 
     connection.set_progress_handler(tick, _EVERY)
     rows, size = [], 0
@@ -145,6 +151,8 @@ def _run(connection: sqlite3.Connection, sql: str, limits: SQLLimits) -> SQLResu
             return SQLResult(error=f"more than {limits.memory} bytes of memory", kind="flood")
         if left[0] < 0:
             return SQLResult(error=f"stopped after {limits.steps} steps", kind="stopped")
+        if late[0]:
+            return SQLResult(error=f"stopped after {limits.seconds} seconds", kind="stopped")
         if "too big" in what or "too large" in what:
             return SQLResult(error=what, kind="flood")
         refused = any(

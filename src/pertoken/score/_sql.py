@@ -48,39 +48,46 @@ def has_select(sql: str, compat: bool = False) -> bool:
 
 
 def schema_items(tree: Any, fold: bool = True) -> set[str]:
-    """Names of columns and tables anywhere in a tree; `fold`: in small letters."""
+    """Names of columns and tables anywhere in a tree; `fold`: in small letters, without the * of t.* and tables that
+    are functions (off: the release's set, where these are the names ``*`` and the empty one)."""
     from sqlglot import exp
 
     names = {c.alias_or_name for c in tree.find_all(exp.Column)} | {t.name for t in tree.find_all(exp.Table)}
-    return {n.lower() if fold else n for n in names if n and n != "*"}
+    return {n.lower() for n in names if n and n != "*"} if fold else names
 
 
 def schema_linking(gold: str, predicted: str, mode: str = "recall", compat: bool = False) -> float:
-    """|S_gold n S_pred| / |S_gold| (recall) or by the union (jaccard), in [0, 1]; 0 for what does not parse."""
+    """|S_gold n S_pred| / |S_gold| (recall) or by the union (jaccard), in [0, 1]; 0 for what does not parse.
+
+    A gold query without a name: 1 (`compat`: 0, the release catches its division by zero).
+    """
     tree, other = parse(gold), parse(predicted)
     if tree is None or other is None or not has_select(predicted, compat):
         return 0.0
     a, b = schema_items(tree, not compat), schema_items(other, not compat)
     if not a:
-        return 1.0 if mode == "recall" or not b else 0.0
+        return float(not compat and (mode == "recall" or not b))
     return len(a & b) / len(a if mode == "recall" else a | b)
 
 
 def words(sql: str) -> list[str]:
-    """Words of a query as it is rendered again, in small letters, without aliases and AS; raw ones if it does not
-    parse."""
+    """Words of a query as it is rendered again, in small letters, without aliases and AS; raw ones (without AS) if it
+    does not parse, or is too deep to be rendered."""
     tree = parse(sql)
-    if tree is None:
-        return re.findall(r"\w+", sql.lower())
+    try:
+        said = sql if tree is None else tree.sql(dialect="sqlite")
+    except RecursionError:
+        said, tree = sql, None
     gone = aliases(tree)
-    return [w for w in re.findall(r"\w+", tree.sql(dialect="sqlite").lower()) if w not in gone]
+    return [w for w in re.findall(r"\w+", said.lower()) if w not in gone]
 
 
 def aliases(tree: Any) -> set[str]:
-    """The names that AS gives to tables and expressions, and the word itself."""
+    """The names that AS gives to tables and expressions, and the word itself; of no tree, the word alone."""
     from sqlglot import exp
 
-    return {"as"} | {a.alias.lower() for a in tree.find_all(exp.Alias, exp.Table) if a.alias}
+    found = () if tree is None else tree.find_all(exp.Alias, exp.Table)
+    return {"as"} | {a.alias.lower() for a in found if a.alias}
 
 
 def ngrams(sql: str, n: int = 2) -> set[tuple[str, ...]]:
@@ -123,5 +130,5 @@ def same_rows(gold: SQLResult, predicted: SQLResult) -> bool:
 
 
 def cleaned(sql: str) -> str:
-    """The query as the release runs it: on one line, double quotes made single."""
-    return sql.replace("\n", " ").replace('"', "'").replace("\\'", "'")
+    """The query as the release runs it: on one line, double quotes made single, without backslashes before quotes."""
+    return re.sub(r"\\+'", "'", sql.replace("\n", " ").replace('"', "'"))

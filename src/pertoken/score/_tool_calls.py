@@ -24,13 +24,15 @@ class Call:
 
 
 def block(text: str) -> Span:
-    """Where the lines of calls stand: after the first opening tag, up to the next closing one.
+    """Where the lines of calls stand: after the first opening tag, up to the next tag of either kind (or the end, where
+    the only closing tag stands before: what the release's splits leave).
 
     Raises:
         ValueError: a tag is missing.
     """
     start = text.index(OPEN) + len(OPEN)
-    return start, text.index(CLOSE, start)
+    text.index(CLOSE)
+    return start, min((at for at in (text.find(OPEN, start), text.find(CLOSE, start)) if at >= 0), default=len(text))
 
 
 def parse_calls(text: str) -> list[dict[str, Any]]:

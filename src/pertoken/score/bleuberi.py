@@ -32,6 +32,7 @@ import numpy as np
 
 from ..core.credit import Credit, laid_out
 from ..core.embed import TextEncoder, greedy_match
+from ..core.options import known_values
 from ..core.trace import Trace, byte_offsets
 
 ORDERS = 4
@@ -57,12 +58,8 @@ def _tokenizer() -> Any:
 
 
 def answer_of(text: str) -> str:
-    """The answer in a completion: after the first <answer>, up to the next </answer> (or the end); else all of it."""
-    start = text.find("<answer>")
-    if start < 0:
-        return text.strip()
-    end = text.find("</answer>", start)
-    return text[start + len("<answer>") : end if end >= 0 else None].strip()
+    """The answer in a completion: after the first <answer>, up to the next tag of either kind; else all of it."""
+    return (text.split("<answer>")[1].split("</answer>")[0] if "<answer>" in text else text).strip()
 
 
 def ngrams(words: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
@@ -158,6 +155,7 @@ class Bleuberi:
     columns: ClassVar[Mapping[str, str]] = {"references": "answers to compare with, a list of texts"}
 
     def __post_init__(self) -> None:
+        known_values(self)
         if self.flavour == "bleu_rm" and self.reward_model is None:
             raise ValueError("flavour=bleu_rm combines BLEU with a reward model; give reward_model=SCORER from Python")
 
@@ -219,7 +217,8 @@ def where_earned(text: str, references: Sequence[str], amount: float) -> list[tu
     """An amount on byte spans: a quarter an order, shared by the n-grams that match."""
     answer = answer_of(text)
     words, at = tokenize(answer), byte_offsets(text)
-    start = max(0, text.find(answer, max(0, text.find("<answer>"))))  # the same words may stand in the thinking before
+    tag = text.find("<answer>") + len("<answer>")  # the same words may stand in the thinking before, or in the tag
+    start = max(0, text.find(answer, tag if "<answer>" in text else 0))
     spans: list[tuple[int, int]] = []
     for word in words:  # words that the tokenizer rewrote (entities) stand where the reading is
         found = text.find(word, start)

@@ -14,7 +14,8 @@ join earn less than their neighbours. The sum is R.
 
 Differs from the authors' code: names and SELECT are compared whatever their case, the query is run as it is written,
 syntax asks for one read-only statement, and format is not below 0; ``compat=True`` gives the release's numbers, except
-that what is no query (PRAGMA, writes) is never run and has syntax 0. Queries end after a number of steps, not seconds.
+that what is no query (PRAGMA, writes) is never run and has syntax 0. Queries end after a number of steps; seconds are a
+net under it. The judge's number is cut to [0, 2].
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class ReasoningSQL:
     weights: SQLWeights = field(default_factory=SQLWeights)
     """Weights of the rewards."""
     judge: Judge | None = None
-    """(question, schema, gold, predicted) -> a number in [0, 2], asked when the rows differ; none: 0."""
+    """(question, schema, gold, predicted) -> a number in [0, 2], asked when a SELECT's rows differ; none: 0."""
     schema_mode: Literal["recall", "jaccard"] = "recall"
     """Schema linking as the release computes it, or by the union as the paper words it."""
     n: int = 2
@@ -107,9 +108,11 @@ class ReasoningSQL:
         sql, w = text[start:end], self.weights
         key = (gold, database)
         if key not in golds:
-            golds[key] = run_sql(database, gold, self.limits)
-        same = has_select(sql, self.compat) and same_rows(golds[key], self._run(database, sql))
-        judged, failed = (0.0, 0) if same or self.judge is None else _judged(self.judge, trace, gold, sql)
+            golds[key] = self._run(database, gold)
+        selects = has_select(sql, self.compat)
+        same = selects and same_rows(golds[key], self._run(database, sql))
+        ask = self.judge if selects and not same else None
+        judged, failed = (0.0, 0) if ask is None else _judged(ask, trace, gold, sql)
         scores = {
             "execution": w.execution * same,
             "judge": w.judge * judged,
@@ -139,7 +142,7 @@ class ReasoningSQL:
         return run_sql(database, cleaned(sql) if self.compat else sql, limits or self.limits)
 
     def _runs(self, database: str, sql: str) -> bool:
-        found = run_sql(database, sql, SQLLimits(**{**vars(self.limits), "rows": 1}))
+        found = self._run(database, sql, SQLLimits(**{**vars(self.limits), "rows": 1}))
         return found.ok or (self.compat and found.error in ("the query is empty", "this is no query"))
 
     def _named(self, gold: str, sql: str, amount: float) -> list[Part]:
@@ -160,7 +163,7 @@ class ReasoningSQL:
         if not amount:
             return []
         tree, shared = parse(sql), sorted(ngrams(gold, self.n) & ngrams(sql, self.n))
-        gone = aliases(tree) if tree is not None else set()
+        gone = aliases(tree)
         seen = [(m.span(), m.group().lower()) for m in re.finditer(r"\w+", sql)]
         seen = [(span, word) for span, word in seen if word not in gone]
         out: list[Part] = []

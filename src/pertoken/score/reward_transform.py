@@ -27,11 +27,13 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import NormalDist
 from typing import Any, Literal
 
 import numpy as np
 
 from ..core.credit import Credit
+from ..core.options import known_values
 from ..core.protocols import Scorer, as_scorer
 from ..core.trace import Trace
 
@@ -52,7 +54,9 @@ def conjunction(rewards_IN: np.ndarray, references_IN: np.ndarray) -> np.ndarray
 def disjunction(rewards_IN: np.ndarray, references_IN: np.ndarray) -> np.ndarray:
     """log(1 - prod_i (1 - sigmoid(r_i - ref_i))): at least one property holds. (N,)."""
     missed_N = lsc(references_IN, rewards_IN).sum(0)  # log of the product of 1 - sigmoid
-    return np.log(np.maximum(-np.expm1(missed_N), 1e-300))
+    far_N = missed_N > -1e-12  # so far below that 1 - product is the sum
+    near_N = np.log(-np.expm1(np.where(far_N, -1.0, missed_N)))
+    return np.where(far_N, np.logaddexp.reduce(lsc(rewards_IN, references_IN), 0), near_N)
 
 
 def quantile_reference(rewards: Sequence[float], q: float = 0.85, *, gaussian: bool = False) -> float:
@@ -71,11 +75,7 @@ def quantile_reference(rewards: Sequence[float], q: float = 0.85, *, gaussian: b
     if len(x) < _FEWEST and not gaussian:
         warnings.warn(f"the quantile of {len(x)} samples says little; a Gaussian's is taken", stacklevel=2)
         gaussian = True
-    if not gaussian:
-        return float(np.quantile(x, q))
-    from statistics import NormalDist
-
-    return float(x.mean() + NormalDist().inv_cdf(q) * x.std())
+    return float(x.mean() + NormalDist().inv_cdf(q) * x.std() if gaussian else np.quantile(x, q))
 
 
 def tilted(utility_NK: np.ndarray, gamma: float) -> np.ndarray:
@@ -87,8 +87,7 @@ def tilted(utility_NK: np.ndarray, gamma: float) -> np.ndarray:
 
 def kl_from_uniform(policy_NK: np.ndarray) -> np.ndarray:
     """KL(pi || uniform) in nats: (N,)."""
-    p = np.clip(policy_NK, 1e-300, None)
-    return (policy_NK * np.log(p)).sum(-1) + math.log(policy_NK.shape[-1])
+    return (policy_NK * np.log(np.clip(policy_NK, 1e-300, None))).sum(-1) + math.log(policy_NK.shape[-1])
 
 
 def gamma_of_kl(utility_NK: np.ndarray, kl: float, tolerance: float = 1e-4) -> float:
@@ -130,7 +129,7 @@ class References:
             ValueError: it was never made.
         """
         found = self.values.get(self.key(trace.meta.get("prompt", trace.prompt_text)), self.default)
-        if found is None:
+        if found is None or any(map(math.isnan, found)):
             row = trace.meta.get("row", "?")
             raise ValueError(f"row {row}: its prompt has no reference; make them with RewardTransform.refer(samples)")
         return found
@@ -156,6 +155,7 @@ class RewardTransform:
     """Least value of each transformed reward: an outlier far below would rule a group's deviation."""
 
     def __post_init__(self) -> None:
+        known_values(self)
         if not 0 < self.q < 1:
             raise ValueError(f"q={self.q} is a quantile, between 0 and 1")
 
@@ -171,23 +171,27 @@ class RewardTransform:
         Raises:
             ValueError: there are none.
         """
-        some = (
-            self.rewards if isinstance(self.rewards, (list, tuple)) else [] if self.rewards is None else [self.rewards]
-        )
+        some = self.rewards if isinstance(self.rewards, (list, tuple)) else [self.rewards] * (self.rewards is not None)
         if not some:
             raise ValueError("reward-transform transforms other rewards; give rewards=[SCORER, ...] from Python")
         if self.weights and len(self.weights) != len(some):
             raise ValueError(f"{len(self.weights)} weights for {len(some)} rewards; give one each")
         return [as_scorer(s) for s in some]
 
-    def refer(self, samples: Sequence[Sequence[Trace]]) -> RewardTransform:
-        """Make the reference of each prompt from completions by the frozen base policy, `samples` of each prompt (or
-        from canned answers: the quantile of one is itself)."""
-        tables = [[[c.reduce() for c in s.score(group)] for s in self.scorers] for group in samples]
-        for group, rows in zip(samples, tables, strict=True):
+    def refer(self, samples: Sequence[Sequence[Trace]], of: Sequence[int] = (), mean: bool = False) -> RewardTransform:
+        """Make the reference of each prompt from completions by the frozen base policy, `samples` of each prompt.
+
+        Args:
+            of: for these rewards alone (the others keep theirs), or all. mean: of canned answers, not the quantile.
+        """
+        q, gaussian = (0.5, True) if mean else (self.q, self.gaussian)
+        for group in samples:
             key = References.key(group[0].meta.get("prompt", group[0].prompt_text))
-            found = tuple(quantile_reference(row, self.q, gaussian=self.gaussian) for row in rows)
-            self.references.values[key] = found
+            found = list(self.references.values.get(key, (math.nan,) * len(self.scorers)))
+            for i in of or range(len(found)):
+                row = [c.reduce() for c in self.scorers[i].score(group)]
+                found[i] = quantile_reference(row, q, gaussian=gaussian)
+            self.references.values[key] = tuple(found)
         return self
 
     def score(self, items: Sequence[Trace]) -> list[Credit]:
@@ -198,7 +202,7 @@ class RewardTransform:
         """
         scorers = self.scorers
         credits = [s.score(items) for s in scorers]
-        for s, some in zip(scorers, credits, strict=True):
+        for s, some in zip(scorers, credits, strict=True) if self.mode in ("all", "any") else ():
             _check_scale(s, some)
         if not items:
             return []

@@ -122,13 +122,14 @@ def mistakes(call: Spoken, gold: Spoken, tools: Tools, action: str | None = None
     sum is the reward.
 
     Args:
-        action: look the parameters up under this name (a prompt that ends in the beginning of a call).
+        action: look the parameters up under this name (a prompt that ends in the beginning of a call; empty or None:
+            under the call's own).
     """
     if call.name and call.name not in tools:
         return {"unknown_tool": (-2.0, [])}
     if call.name != gold.name:
         return {"wrong_tool": (-1.5, [])}
-    known = tools.get(call.name if action is None else action)
+    known = tools.get(action or call.name)
     extra = [key for key in call.values if key not in gold.values]
     concerned = {
         "hallucinated": [] if known is None else [key for key in call.values if key not in known],

@@ -29,6 +29,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from ..core.credit import Credit, laid_out
+from ..core.options import known_values
 from ..core.trace import Trace, byte_offsets
 from ._tool_calls import CLOSE, OPEN, Call, Span, block, calls_with_spans, parse_calls
 
@@ -128,8 +129,9 @@ class ToolRL:
     columns: ClassVar[Mapping[str, str]] = {"ground_truth": "the gold answer: <think>, <tool_call>, <response> parts"}
 
     def __post_init__(self) -> None:
-        if self.step < 0 or self.level not in ("token", "sequence"):
-            raise ValueError(f"step={self.step} must not be negative, and level={self.level!r} be token or sequence")
+        known_values(self)
+        if self.step < 0:
+            raise ValueError(f"step={self.step} must not be negative; give the training step, from 0")
 
     def at(self, step: int) -> ToolRL:
         """The reward at another step of the schedules."""
@@ -158,9 +160,8 @@ class ToolRL:
         gold, text = gold_of(trace), trace.raw_text
         form, (low, high) = self.bounds()
         parts = {"format": float(form[format_ok(text, gold)])}
-        whole = (0, len(text))
         spans: list[Part] = []
-        tags = [m.span() for m in re.finditer(r"</?(?:think|tool_call|response)>", text)] or [whole]
+        tags = [m.span() for m in re.finditer(r"</?(?:think|tool_call|response)>", text)] or [(0, len(text))]
         spans += [(*tag, parts["format"] / len(tags)) for tag in tags]
         if OPEN in gold:
             calls = _gold_calls(gold, trace)
@@ -204,10 +205,12 @@ def gold_of(trace: Trace) -> str:
 
 
 def thinking(text: str) -> Span | None:
-    """What stands after the last <think>, up to the next </think>."""
+    """What stands after the last <think>, up to the next </think> (or the end); None where one of them is missing."""
     start = text.rfind("<think>")
+    if start < 0 or "</think>" not in text:
+        return None
     end = text.find("</think>", start)
-    return (start + len("<think>"), end) if start >= 0 and end >= 0 else None
+    return start + len("<think>"), end if end >= 0 else len(text)
 
 
 def _gold_calls(gold: str, trace: Trace) -> list[dict[str, Any]]:
@@ -225,7 +228,7 @@ def _where(gold: Sequence[dict], found: Sequence[Call], text: str, low: float, h
     """Correctness on spans: each part of S_max from its share of `low` to its share of `high`."""
     predicted = [call.data for call in found]
     end = block(text)[1]
-    tail = (end, end + len(CLOSE))
+    tail = (min(end, len(text) - 1), min(end + len(CLOSE), len(text)))
     unit = most(gold, how)
     worth = lambda earned, weight=1.0: (low * weight + (high - low) * earned) / unit
     names = match([g["name"] for g in gold], [p["name"] for p in predicted], how == "strict")

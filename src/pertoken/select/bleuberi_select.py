@@ -18,6 +18,7 @@ import numpy as np
 
 from ..core.data import Example, encode
 from ..core.lm import LM
+from ..core.options import known_values
 from ..core.protocols import Weights
 from ..core.rewarding import with_row
 from ..core.rollout import Sampling, sample
@@ -57,6 +58,7 @@ class BleuberiSelect:
     """Seed of the answers and of ``random``."""
 
     def __post_init__(self) -> None:
+        known_values(self)
         if self.keep < 1:
             raise ValueError(f"keep={self.keep} leaves no prompt; give 1 or more")
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..core.embed import Encode
 
-_ENDS = re.compile(r"[.!?;:\n\r\u2028\u2029。！？；：…]+")
+_ENDS = re.compile(r"[.!?;:\n\r\x0b\x0c\x85\u2028\u2029。．｡！？；：…]+")
 
 
 def clauses(text: str) -> list[str]:

@@ -32,6 +32,7 @@ from ..core.advantage import GAE, Advantages
 from ..core.critic import Critic, KLControl
 from ..core.distributed import summed
 from ..core.experience import Experience, Rollouts
+from ..core.options import known_values
 from ..core.policy_loss import PolicyLoss
 from ..core.protocols import Batch, Loss, Preparation
 from ..core.rewarding import make_rewarder
@@ -68,7 +69,7 @@ def whitened(values_NT: Tensor, mask_NT: Tensor) -> Tensor:
     (squares,) = summed(masked_sum((values_NT - mean).square(), mask_NT).sum())
     variance = squares / (count - 1).clamp(min=1)
     rounding = (16 * torch.finfo(values_NT.dtype).eps * mean).square()
-    return torch.where(variance > rounding, (values_NT - mean) * (variance + 1e-8).rsqrt(), 0.0)
+    return torch.where(variance <= rounding, 0.0, (values_NT - mean) * (variance + 1e-8).rsqrt())  # NaN stays NaN
 
 
 def advantages(
@@ -106,6 +107,9 @@ class Critiques:
     """L*, tokens after which scores fade (summaries: 48)."""
     fallback: float = 0.0
     """Score of every token where none has any (the release: 0.1)."""
+
+    def __post_init__(self) -> None:
+        known_values(self)
 
     def options(self, scorer: Any) -> dict[str, Any]:
         """Those of the scorer; nested ones change what it has."""
@@ -145,6 +149,7 @@ class Text2Grad:
     models: ClassVar[tuple[str, ...]] = ("reference",)
 
     def __post_init__(self) -> None:
+        known_values(self)
         if self.max_ratio is not None and not self.max_ratio > 1:
             raise ValueError(f"max_ratio={self.max_ratio} would skip untouched batches; give more than 1 (10), or None")
 
