@@ -432,6 +432,18 @@ _ROWS = (
         level="token",
     ),
     Method(
+        "claps",
+        "explain",
+        "pertoken.explain.claps:ClaPS",
+        "A discrete prompt without gradients: influential tokens of clusters, then a search among them",
+        system="claps",
+        paper="2310.12774",
+        family="prompt search",
+        level="token",
+        item="text",
+        stochastic=True,
+    ),
+    Method(
         "stochastok",
         "tokenize",
         "pertoken.tokenize.stochastok:StochasTok",

@@ -44,14 +44,16 @@ def fit(
     learning_rate: float,
     seed: int,
     start: Any = None,
+    unscored: Sequence[int] | None = None,
     description: str = "train LM",
     progress: bool = True,
 ) -> Any:
     """A LlamaForCausalLM (float32, eval mode) after one pass of next-token loss over the rows.
 
     rows: token ids with <bos> = 1 first and <eos> = 2 last (0 is <pad>). size: arguments of LlamaConfig. learning_rate:
-    peak of the schedule (5 % warm-up, then cosine to 0) of AdamW. start: a model to go on from. The weights are a
-    function of the arguments on one machine and thread count; no global random state is read or changed.
+    peak of the schedule (5 % warm-up, then cosine to 0) of AdamW. start: a model to go on from. unscored: of each row,
+    so many tokens have no loss (a question). The weights are a function of the arguments on one machine and thread
+    count; no global random state is read or changed.
     """
     import torch
     from rich.console import Console
@@ -60,7 +62,9 @@ def fit(
 
     # A batch holds rows of almost equal length, padded on the right: the causal mask alone hides the padding and no row
     # can attend to another one, so that a packed row's block mask is not needed.
-    rows = sorted(rows, key=len)
+    by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    skipped = [1 if unscored is None else unscored[i] for i in by_length]
+    rows = [rows[i] for i in by_length]
     order = np.random.default_rng((seed, 1)).permutation(steps := len(rows) // batch)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -71,10 +75,12 @@ def fit(
     for step in track(range(steps), description, console=Console(stderr=True), disable=not progress):
         warmup, decay = (step + 1) / max(1, steps // 20), 0.5 * (1 + math.cos(math.pi * step / steps))
         optimizer.param_groups[0]["lr"] = learning_rate * min(warmup, decay)
-        chosen = [torch.tensor(row) for row in rows[order[step] * batch : (order[step] + 1) * batch]]
-        ids_BT = torch.nn.utils.rnn.pad_sequence(chosen, batch_first=True)
+        part = slice(order[step] * batch, (order[step] + 1) * batch)
+        ids_BT = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows[part]], batch_first=True)
+        asked_BT = torch.arange(ids_BT.shape[1]) < torch.tensor(skipped[part])[:, None]
+        labels_BT = ids_BT.masked_fill(asked_BT, 0)[:, 1:]
         logits_BTV = model(input_ids=ids_BT[:, :-1], use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), ids_BT[:, 1:].flatten(), ignore_index=0)
+        loss = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), labels_BT.flatten(), ignore_index=0)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
