@@ -1,6 +1,6 @@
 """Machine or human? PAWN against zero-shot scores and its own branches, on real texts of eight generators.
 
-Fast-DetectGPT's texts (PERTOKEN_DATA: pubmed, squad, writing), 300 human and 300 machine, the first 64 tokens of each
+Fast-DetectGPT's texts (PERTOKEN_DATA: pubmed, squad, writing), 200 human and 200 machine, the first 64 tokens of each
 (shorter ones are left out, so that length says nothing), signals of SmolLM2 kept on disk. Splits keep a human text and
 its machine continuations together. Three seeds of the head; 20 epochs of batches of 32, as these are few texts (the
 paper: 5 of 128 on 300,000), fixed before anything was measured.
@@ -9,7 +9,7 @@ Bounds: held-out AUROC at least 0.05 above the best zero-shot score (or, where t
 error at most 0.9 of the metrics branch's; on generators not seen in training (gpt-4, gpt-3.5-turbo, davinci) the drop
 is smaller than the hidden branch's. Also printed: each domain held out in turn.
 
-    python examples/pawn.py           600 texts (about three minutes for the signals, once)
+    python examples/pawn.py           400 texts (about two minutes for the signals, once)
     python examples/pawn.py --full    all texts, 128 tokens
 """
 
@@ -39,7 +39,7 @@ HOW: dict[str, Any] = {"epochs": 20, "batch": 32}
 class Options:
     """Options of the example."""
 
-    n: int = 300
+    n: int = 200
     """Texts of each class."""
     length: int = 64
     """Tokens of a text."""
