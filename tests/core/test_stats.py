@@ -134,6 +134,8 @@ def naive(logits: Tensor, ids: Tensor) -> dict[str, Tensor]:
         rows["entropy"].append(-(probs * lp).sum())
         rows["top1"].append(torch.tensor(plain.index(max(plain))))
         rows["top1_logp"].append(lp.max())
+        second = sorted(plain)[-2]
+        rows["margin"].append(torch.tensor(max(plain) - second))
         rows["rank"].append(torch.tensor(sum(x > plain[i] for x in plain)))
         rows["sumsq"].append((probs * probs).sum())
     return {name: torch.stack(values) if values else logp.new_zeros(0) for name, values in rows.items()}
@@ -771,6 +773,7 @@ def test_impossible_tokens():
     torch.testing.assert_close(described["entropy"], torch.tensor([0.0, np.log(2), np.log(3)], dtype=torch.float32))
     assert described["rank"].tolist() == [1, 0, 0] and described["top1"].tolist()[0] == 0
     torch.testing.assert_close(described["sumsq"], torch.tensor([1.0, 0.5, 1 / 3]))
+    assert described["margin"].tolist() == [inf, 0.0, 0.0]
 
 
 def test_stats_by_attribute():

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .packing import evaluating
 
-DESCRIPTIVE = ("entropy", "top1", "top1_logp", "rank", "sumsq")
+DESCRIPTIVE = ("entropy", "top1", "top1_logp", "margin", "rank", "sumsq")
 
 
 class Head:
@@ -112,6 +112,9 @@ def describe(logp: Tensor, ids: Tensor, wants: tuple[str, ...]) -> dict[str, Ten
             out[want] = logp.argmax(-1)
         elif want == "top1_logp":
             out[want] = logp.amax(-1)
+        elif want == "margin":
+            best = logp.topk(2, -1).values
+            out[want] = best[:, 0] - best[:, 1]
     return out
 
 

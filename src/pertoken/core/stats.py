@@ -41,12 +41,13 @@ class Stats:
         mask_NT: True on tokens that the policy emitted. present_NT: True on real tokens, tool outputs too.
         logp_NT: log-prob of each token, natural log, float32 or better; NaN if nothing was wanted that needs it.
         extra: other statistics by name, each of shape (N, T) or (N, T, ...): ``entropy`` (nats), ``top1`` (id),
-            ``top1_logp``, ``rank`` (0 is the likeliest), ``sumsq`` (sum of squared probabilities), ``hidden``
-            (N, T, H), ``hidden_all`` (N, T, L+1, H), ``kl_forward:OTHER`` = KL(other || this), ``kl_reverse:OTHER`` =
-            KL(this || other), captured modules by their name, ``mean:NAMES`` and ``sigmoid:NAMES`` (N, T, K), one
-            number of each of K modules (`capture`), and whatever the objectives' joints returned. ``hidden``
-            stands at the position that predicts a token. Of each completion, (N, H): ``hidden_prompt`` at the prompt's
-            last token and ``hidden_end`` at the completion's own last one (the prompt's, if it is empty).
+            ``top1_logp``, ``margin`` (log-prob of the likeliest less that of the second), ``rank`` (0 is the
+            likeliest), ``sumsq`` (sum of squared probabilities), ``hidden`` (N, T, H), ``hidden_all`` (N, T, L+1, H),
+            ``kl_forward:OTHER`` = KL(other || this), ``kl_reverse:OTHER`` = KL(this || other), captured modules by
+            their name, ``mean:NAMES`` and ``sigmoid:NAMES`` (N, T, K), one number of each of K modules (`capture`), and
+            whatever the objectives' joints returned. ``hidden`` stands at the position that predicts a token. Of each
+            completion, (N, H): ``hidden_prompt`` at the prompt's last token and ``hidden_end`` at the completion's own
+            last one (the prompt's, if it is empty).
             ``stats.entropy_NT`` is ``stats.extra["entropy"]``; so with _NTH, _NTLH and _NH.
     """
 
@@ -245,7 +246,7 @@ def _forward(causal: Any, pack: Pack, where_NT: Tensor, wants: frozenset[str]) -
             stack.callback(module.register_forward_hook(keep).remove)
         layers: list[Tensor] = []
         if "hidden_all" in wants:
-            for layer in _layers(causal):
+            for layer in layers_of(causal):
 
                 def before(_m: nn.Module, args: Any, kwargs: Any) -> None:
                     layers.append(take(args[0] if args else kwargs["hidden_states"]))
@@ -326,7 +327,7 @@ def _scatter(flat: Tensor, where: Tensor) -> Tensor:
     return full.index_put((where.nonzero(as_tuple=True)), flat)
 
 
-def _layers(causal: Any) -> Iterator[nn.Module]:
+def layers_of(causal: Any) -> Iterator[nn.Module]:
     """The decoder layers: the one ModuleList of the backbone that is as long as the model is deep."""
     depth = causal.config.get_text_config().num_hidden_layers
     for module in causal.base_model.modules():
