@@ -436,6 +436,7 @@ _ROWS = (
         paper="2410.02284",
         family="decoding",
         level="token",
+        stochastic=True,
     ),
     Method(
         "vader",

@@ -83,7 +83,8 @@ def completed(
         policy = guide.step(state, last)
         logits = policy
         if len(tokens[rows[0]]) < how.min_new_tokens:
-            logits = policy.index_fill(-1, torch.tensor(sorted(lm.stop_ids), device=policy.device), -torch.inf)
+            stops = [s for s in lm.stop_ids if s < policy.shape[-1]]
+            logits = policy.index_fill(-1, torch.tensor(stops, dtype=torch.long, device=policy.device), -torch.inf)
         drawn = how.logps(logits)
         uniform = torch.tensor([draws[k].random() for k in rows], dtype=torch.float64, device=drawn.device)
         last = inverse_cdf(drawn, uniform)
