@@ -83,11 +83,13 @@ def code_lines(path: Path) -> list[str]:
 
 
 def test_no_block_is_written_twice():
-    """No identical block of more than five lines in two method files."""
+    """No identical block of more than five lines in two method files. The signature of `Decoder.generate`, which all
+    decoders share as objectives share that of `loss`, is longer than five and does not count."""
+    signature = ["lm: LM,", "prompts: Sequence[Prompt],", "*,", "n: int = 1,", "seed: int = 0,"]
     first: dict[tuple[str, ...], Path] = {}
     twice = set()
     for path in ROOM_FILES:
-        lines = code_lines(path)
+        lines = [line for line in code_lines(path) if line.strip() not in signature]
         for block in {tuple(lines[i : i + 6]) for i in range(len(lines) - 5)}:
             if first.setdefault(block, path) != path:
                 twice.add(f"{name_of(first[block])} and {name_of(path)}: {' / '.join(block)}")

@@ -172,3 +172,71 @@ def test_compare_ends_with_a_report(tmp_path, model, data, capsys):
 def test_check_logprobs(model, capsys):
     assert main(["check", "logprobs", "--model", model, "--prompts", "2", "--samples", "2", "--tokens", "5"]) == 0
     assert "ok" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("slug", [row.slug for row in methods() if row.room == "generate"])
+def test_every_decoder_shows_its_options(slug, capsys):
+    """No name of an option is one of the run's, too: nested groups are flattened."""
+    from pertoken.catalog import method
+
+    if not hasattr(method(slug), "generate"):
+        return
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", slug, "--help"])
+    assert ended.value.code == 0 and "--n" in capsys.readouterr().out
+
+
+def test_generate_streams_writes_and_tells(model, tmp_path, capfdbinary):
+    base = ["--model", model, "--max-new-tokens", "4"]
+    assert main(["generate", "sampling", "--prompt", "how was the film", *base]) == 0
+    streamed = capfdbinary.readouterr().out
+    save, page = tmp_path / "out.jsonl", tmp_path / "page.html"
+    words = ["--prompt", "how", "--n", "2", "--candidates", "2", "--save", str(save), "--html", str(page)]
+    assert main(["generate", "best-of-n", *words, *base]) == 0
+    told = capfdbinary.readouterr().out.decode(errors="replace")
+    rows = [json.loads(line) for line in save.read_text("utf8").splitlines()]
+    assert len(streamed) > 0 and told.startswith("--- prompt 0: how") and len(rows) == 2
+    assert all(len(r["meta"]["rewards"]) == 2 and r["tokens"] <= 4 for r in rows)
+    assert "best-of-n" in page.read_text("utf8") and (tmp_path / "out.credits.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["generate"], "name one method"),
+        (["generate", "vader"], "generates nothing"),
+        (["generate", "sampling"], "nothing to continue"),
+        (["explain"], "name one method"),
+        (["explain", "dpo"], "explains nothing"),
+        (["explain", "sar"], "nothing to explain"),
+        (["compare", "explain", "sar"], "two methods or more"),
+        (["tokenize"], "name one method"),
+        (["tokenize", "sar"], "cuts nothing"),
+        (["tokenize", "stochastok"], "nothing to cut"),
+    ],
+)
+def test_other_rooms_say_what_is_missing(words, hint, capsys):
+    assert main(words) == 2 and hint in capsys.readouterr().err
+
+
+def test_explain_compares_and_draws(model, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    words = ["--prompt", "how", "--response", "fine", "--model", model, "--html", str(page)]
+    assert main(["explain", "reagent", *words, "--max-steps", "2", "--probes", "2"]) == 0
+    assert "reagent, 0:" in capsys.readouterr().out and "reagent of" in page.read_text("utf8")
+    saved = tmp_path / "credits.jsonl"
+    base = ["--prompt", "how", "--samples", "2", "--max-new-tokens", "3", "--model", model]
+    assert main(["explain", "sar", *base, "--save", str(saved)]) == 0
+    assert "token_sar" in capsys.readouterr().out and len(saved.read_text("utf8").splitlines()) >= 2
+
+
+def test_tokenize_shows_both_cuts(model, tmp_path, capsys):
+    file = tmp_path / "texts.txt"
+    file.write_text("the plot was great\nso", "utf8")
+    assert main(["tokenize", "stochastok", "--file", str(file), "--model", model, "--proportion", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and lines[0].startswith("ordinary") and lines[1].startswith("stochastok")
+    assert lines[0].split("  ")[-1].replace("|", "") == lines[1].split("  ")[-1].replace("|", "")
+    file.write_bytes(b"\xff\xfe")
+    assert main(["tokenize", "stochastok", "--file", str(file), "--model", model]) == 2
+    assert "not UTF-8 at byte 0" in capsys.readouterr().err

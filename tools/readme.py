@@ -107,7 +107,13 @@ def page(method, figures: list[dict]) -> str:
         "stochastic": "yes" if method.stochastic else "",
         "files": " · ".join(f"[{file}](../../{file})" for file in files if (ROOT / file).exists()),
     }
-    has_command = method.room in ("score", "train")  # the other rooms are reached from Python so far
+    has_command = method.room in (
+        "score",
+        "train",
+        "generate",
+        "explain",
+        "tokenize",
+    )  # the other rooms are reached from Python so far
     command = f"pertoken {method.room} {method.slug} --help\n" if has_command else ""
     parts = [
         STAMP,

@@ -199,6 +199,30 @@ def _train_kind(slug: str) -> Any:
     return dataclasses.make_dataclass("Train", fields)
 
 
+def _generate(words: Sequence[str]) -> None:
+    from . import generation
+    from .catalog import method
+
+    slugs, rest = _leading(words)
+    row = _one_of(slugs, "generate", "generate", "generates", "sampling --prompt '...'")
+    args = _parse(_two(method(row.slug), generation.GenerateOptions), rest, f"generate {row.slug}", row.title)
+    alone = args.run.n == 1 and len(args.run.prompt) + bool(args.run.data) == 1 and not args.run.data
+    shown: list[bytes] = []
+
+    def stream(token: Any) -> None:
+        shown.append(token.piece)
+        sys.stdout.buffer.write(token.piece)
+        sys.stdout.buffer.flush()
+
+    prompts, drawn = generation.generate(row.slug, args.run, args.method, stream=stream if alone else None, say=_say)
+    if shown:
+        print()
+    else:
+        generation.tell(prompts, drawn, print)
+    for path in generation.write(prompts, drawn, row.slug, args.run):
+        _say(str(path))
+
+
 def _on_one_screen(kind: type[Any]) -> type[Any]:
     """The options of a run without one that only a run file needs to say (keep): thirty are enough for one help."""
     import typing
@@ -264,13 +288,88 @@ def _train(words: Sequence[str]) -> None:
 def _compare(words: Sequence[str]) -> None:
     from . import comparison
 
-    if not words or words[0] not in ("train",):
-        raise ValueError("compare what? pertoken compare train dpo t-reg --data pairs.jsonl --seeds 1 2 3")
+    if not words or words[0] not in ("train", "explain"):
+        raise ValueError(
+            "compare what? pertoken compare train dpo t-reg --data pairs.jsonl --seeds 1 2 3, or "
+            "pertoken compare explain reagent sar --prompt '...'"
+        )
+    if words[0] == "explain":
+        return _compare_explain(words[1:])
     slugs, rest = _leading(words[1:])
     kind = _on_one_screen(comparison.CompareOptions)
     args = _parse(kind, rest, "compare train METHOD METHOD...", "Train methods side by side.")
     settings = _settings(args.set, [s.partition("=")[0] for s in slugs])
     print(comparison.compare_train(slugs, args, settings, say=_say).report)
+
+
+def _compare_explain(words: Sequence[str]) -> None:
+    from . import explanation
+
+    slugs, rest = _leading(words)
+    if len(slugs) < 2:
+        raise ValueError(
+            "name two methods or more: pertoken compare explain reagent sar --prompt '...' --html page.html"
+        )
+    args = _parse(explanation.ExplainOptions, rest, "compare explain METHOD METHOD...", "Explain side by side.")
+    _told(explanation.explain(slugs, args, say=_say), args)
+
+
+def _explain(words: Sequence[str]) -> None:
+    from . import explanation
+    from .catalog import method
+
+    slugs, rest = _leading(words)
+    row = _one_of(slugs, "explain", "explain", "explains", "sar --prompt '...'")
+    args = _parse(_two(method(row.slug), explanation.ExplainOptions), rest, f"explain {row.slug}", row.title)
+    _told(explanation.explain(slugs, args.run, [args.method], say=_say), args.run)
+
+
+def _told(found: Any, options: Any) -> None:
+    from . import explanation, show
+
+    explanation.tell(found, print)
+    if not options.html:
+        for credits, _ in explanation.figures(found)[:8]:
+            show.heatmap(credits)
+    for path in explanation.write(found, options):
+        _say(str(path))
+
+
+def _tokenize(words: Sequence[str]) -> None:
+    from . import explanation
+    from .catalog import method
+
+    slugs, rest = _leading(words)
+    row = _one_of(slugs, "tokenize", "pieces", "cuts", "stochastok --text '...'")
+    args = _parse(_two(method(row.slug), explanation.TokenizeOptions), rest, f"tokenize {row.slug}", row.title)
+    for rows in explanation.tokenize(row.slug, args.run, args.method):
+        for name, pieces in rows.items():
+            print(f"{name:<14}{len(pieces):>5}  {'|'.join(pieces)}")
+
+
+def _one_of(slugs: Sequence[str], room: str, attribute: str, does: str, example: str) -> Any:
+    """The row of the one method that is named, which must be of the room and usable from here."""
+    from .catalog import about, method
+
+    if len(slugs) != 1:
+        raise ValueError(f"name one method: pertoken {room} {example}; pertoken methods --room {room} lists them")
+    row = about(slugs[0])
+    if row.room != room or not hasattr(method(row.slug), attribute):
+        raise ValueError(
+            f"{row.slug} is of the {row.room} room and {does} nothing here; pertoken methods --room {room} lists what "
+            "does"
+        )
+    return row
+
+
+def _two(own: type[Any], run: type[Any]) -> Any:
+    """One command's options: the method's own, then the run's."""
+    typed = _typed(own)
+    kinds = [
+        ("method", typed, dataclasses.field(default_factory=typed)),
+        ("run", run, dataclasses.field(default_factory=run)),
+    ]
+    return dataclasses.make_dataclass("Command", kinds)
 
 
 @dataclasses.dataclass
@@ -377,7 +476,10 @@ _COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int | None]]] = {
     "about": ("tell what a method is: equation, options, measured figure", _about),
     "score": ("put credit on the tokens of responses", _score),
     "train": ("train a model by a method", _train),
-    "compare": ("train several methods side by side, over seeds, with intervals", _compare),
+    "generate": ("continue prompts by a method, with weights and credit", _generate),
+    "explain": ("what tokens say of an answer, and what it came from", _explain),
+    "tokenize": ("cut text as a method does", _tokenize),
+    "compare": ("train or explain by several methods side by side", _compare),
     "check": ("check a promise of the library on your model", _check),
     "view": ("look at saved credits or at a run", _view),
 }

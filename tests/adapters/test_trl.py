@@ -112,6 +112,13 @@ def test_advantages_are_one_a_token(tmp_path, alone):
     assert all(t.meta["prompt"] == "how was the film" for t in scorer.seen[0])
 
 
+def test_a_group_that_is_not_whole_is_refused(tmp_path):
+    """As on each of two processes with half of a group's completions."""
+    trainer = trainer_of(tmp_path, Modulo())
+    with pytest.raises(ValueError, match=r"2 completions on a process .* groups of 4; make per_device_train"):
+        trainer._generate_and_score_completions([{"prompt": "how was the film"}] * 2)
+
+
 def test_a_tokenizer_is_asked_for():
     with pytest.raises(ValueError, match="processing_class"):
         token_credit_trainer(Vader(), model=None, reward_funcs=[])

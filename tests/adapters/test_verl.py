@@ -73,7 +73,7 @@ def test_rows_know_their_ground_truth_and_tools_earn_nothing():
     class All:
         def score(self, items):
             seen.extend(items)
-            return [Credit(trace=t, values=t.mask.astype(float)) for t in items]
+            return [Credit(trace=t, values=np.ones(len(t))) for t in items]
 
     batch["response_mask"] = batch["attention_mask"][:, batch["prompts"].shape[1] :].clone()
     batch["response_mask"][0, 1] = 0

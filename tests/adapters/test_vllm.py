@@ -40,6 +40,26 @@ def test_options_draw_as_asked():
     assert vllm_options(lm, 1, Sampling(top_k=5), 0)["top_k"] == 5
 
 
+def test_no_two_samples_share_a_seed(monkeypatch):
+    """vLLM gives the k-th of a request's n samples its seed + k."""
+    lm, asked = tiny.lm(0), []
+
+    class Engine:
+        def generate(self, prompts, params, use_tqdm):
+            asked.extend(zip(prompts, params, strict=True))
+            return [SimpleNamespace(outputs=[output([5], [-1.0])] * p["n"]) for p in params]
+
+    generate = VLLMGenerator.__new__(VLLMGenerator)
+    generate.engine, generate._params = Engine(), dict
+    monkeypatch.setattr(VLLMGenerator, "load_weights", lambda self, lm: None)
+    prompts = [lm.encode_prompt("How?")] * 2 + [lm.encode_prompt("Why?")]
+    found = generate(lm, prompts, 4, Sampling(), seed=(1 << 40) + 7)
+    assert [len(some) for some in found] == [4, 4, 4]
+    assert [tuple(prompt["prompt_token_ids"]) for prompt, _ in asked] == prompts
+    seeds = [params["seed"] + k for _, params in asked for k in range(params["n"])]
+    assert len(set(seeds)) == 12
+
+
 def test_vllm_is_named_where_it_is_missing():
     try:
         import vllm  # noqa: F401 # pyright: ignore[reportMissingImports]

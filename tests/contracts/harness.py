@@ -47,6 +47,7 @@ def _film() -> str:
 
 META = {  # columns of a row that scorers ask for
     "references": ["It was a good film, and the plot was great.", "Not good."],
+    "original": "The plot was horrible, the acting was great.",
     "gold_call": "say(what='good')",
     "tools": {"say": ["what"]},
     "ground_truth": '<think> t </think>\n<tool_call>\n{"name": "say", "parameters": {"what": "good"}}\n</tool_call>',

@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportIndexIssue=false
 """The particle runner against exact enumeration, resampling schemes, and particles that die."""
 
 import itertools

@@ -66,6 +66,12 @@ def test_losses_by_hand(o):
     assert all(math.isfinite(float(a)) for a, _ in metrics.values())
 
 
+def test_importance_sampling_is_not_left_out_in_silence():
+    logp, old, advantage, _ = tensors()
+    with pytest.raises(ValueError, match="recorded none; record sampled_logps"):
+        policy_losses(logp, old, advantage, MASK, PolicyLoss(importance_cap=2.0))
+
+
 def test_gradient_at_the_old_policy_is_reinforce():
     """rho = 1: dL/dlogp_t = -A_t, for every kind of ratio (GSPO's is 1 / |y| of it on each token)."""
     logp, _, advantage, _ = tensors()
@@ -92,6 +98,22 @@ def test_sequence_ratio_is_gspos_in_value_and_gradient():
     assert float(total) == pytest.approx(float(wanted))
     (grad,) = torch.autograd.grad(wanted, again)
     torch.testing.assert_close(found, grad)
+
+
+@pytest.mark.parametrize("ratio", ["sequence", "macro"])
+def test_ratios_of_several_tokens_lose_nothing_to_large_log_probs(ratio):
+    """float32: log-probs of 30 are known to 2e-6, their small differences far better; GSPO clips at 3e-4."""
+    rng = np.random.default_rng(0)
+    old = torch.from_numpy(rng.integers(-30, -20, size=(1, 64))).float()
+    new = (old + torch.from_numpy(rng.integers(1, 99, size=(1, 64))) * 2.0**-19).requires_grad_()
+    mask, macros = torch.ones(1, 64, dtype=torch.bool), torch.arange(64)[None] // 2
+    a = torch.ones(1, 64)
+    losses, _ = policy_losses(new, old, a, mask, PolicyLoss(ratio=ratio, clip=1.0), macro_NT=macros)
+    d = (new.detach() - old).double()
+    wanted = d.mean().expand(1, 64) if ratio == "sequence" else d.reshape(32, 2).sum(1).repeat_interleave(2)[None]
+    np.testing.assert_allclose(-losses.detach().double(), wanted.exp(), rtol=1.5e-7)
+    (grad,) = torch.autograd.grad(losses.sum(), new)
+    torch.testing.assert_close(grad, losses.detach())
 
 
 def test_zero_advantages_have_no_gradient():

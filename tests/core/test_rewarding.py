@@ -4,6 +4,8 @@
 # pyright: reportArgumentType=false
 # pyright: reportOptionalMemberAccess=false
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -14,7 +16,7 @@ from pertoken.core.isolated import Isolated, WorkerDied
 from pertoken.core.rewarding import Rewarder, make_rewarder, with_row
 from pertoken.score.vader import Vader
 from tests import tiny
-from tests.core.scorers import Length
+from tests.core.scorers import Length, Scheduled
 
 
 def traces():
@@ -78,12 +80,48 @@ def test_an_isolated_scorer_says_what_the_scorer_says():
         scorer.close()
 
 
+def test_an_isolated_scorer_moves_on_and_says_why_it_cannot_start():
+    scorer = Isolated(Scheduled())
+    try:
+        rewarder = Rewarder({"s": scorer})
+        found = [r(traces()[:1]).credits[0].reduce() for r in (rewarder.at(5), rewarder, rewarder.at(7))]
+        assert found == [5.0, 0.0, 7.0]
+    finally:
+        scorer.close()
+    local = Isolated(lambda text: 1.0)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"cannot go to another process .*defined in a module"):
+            local.score(traces())
+
+
+def test_an_answer_that_was_not_waited_for_is_not_the_next_ones(monkeypatch):
+    scorer = Isolated(Length())
+    try:
+        assert [c.reduce() for c in scorer.score(traces()[:1])] == [4.0]
+        with monkeypatch.context() as patched:
+
+            def interrupted(timeout):
+                raise KeyboardInterrupt
+
+            patched.setattr(scorer._pipe, "poll", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                scorer.score(traces()[1:2])
+        assert [c.reduce() for c in scorer.score(traces()[2:3])] == [12.0]
+    finally:
+        scorer.close()
+
+
 def test_rewards_by_name():
     made = make_rewarder("vader + 0.5*vader2", {"mine": lambda text: 1.0}, lambda slug: Vader())
     assert list(made.scorers) == ["vader", "vader2", "mine"] and made.weights == {"vader": 1.0, "vader2": 0.5}
     for reward, said in (("", "no reward"), ("x*vader", "no number"), ("vader+vader", "twice")):
         with pytest.raises(ValueError, match=said):
             make_rewarder(reward, None, lambda slug: Vader())
+    for weight in ("nan", "inf"):
+        with pytest.raises(ValueError, match="give a finite one"):
+            make_rewarder(f"{weight}*vader", None, lambda slug: Vader())
+    with pytest.raises(ValueError, match="both name vader; give scorer="):
+        make_rewarder("0.5*vader", Vader(), lambda slug: Vader())
     with pytest.raises(ValueError, match="on_error"):
         Rewarder({"vader": Vader()}, on_error="ignore")
 
@@ -117,6 +155,31 @@ def test_a_wrong_number_of_credits_or_credit_on_the_prompt():
         Rewarder({"w": Wrong(None)})(traces())
     with pytest.raises(ValueError, match="over the completion"):
         Rewarder({"w": Wrong("prompt")})(traces())
+
+
+def test_what_is_no_credit_of_the_completion_is_refused():
+    """In another order, on a part of the tokens (one value would be spread over all), or not a credit at all."""
+
+    class Gives:
+        def __init__(self, make):
+            self.make = make
+
+        def score(self, items):
+            return self.make(Length().score(items), items)
+
+    def first_token(credits, items):
+        keep = lambda t: dataclasses.replace(
+            t, completion_ids=t.completion_ids[:1], completion_pieces=t.completion_pieces[:1]
+        )
+        return [Credit(trace=keep(t), values=[5.0]) for t in items]
+
+    for make in (lambda credits, items: credits[::-1], first_token):
+        for on_error in ("stop", "skip"):
+            with pytest.raises(ValueError, match=r"length gave completion 0 \(row 0\) credit on other tokens; give"):
+                Rewarder({"length": Gives(make)}, on_error=on_error)(traces())
+    for make in (lambda credits, items: [1.0] * 4, lambda credits, items: [*credits[:3], None]):
+        with pytest.raises(ValueError, match=r"for row [03], not a Credit; give Credit.of_sequence"):
+            Rewarder({"length": Gives(make), "vader": Vader()})(traces())
 
 
 def test_a_trace_knows_its_row():

@@ -8,6 +8,7 @@ what is said when nothing can be learned."""
 
 import copy
 import dataclasses
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -227,11 +228,41 @@ def test_tokens_that_the_policy_did_not_emit_are_masked_everywhere():
     objective = options(PPO)
     object.__setattr__(objective, "rewards", lambda e, s: seen.append(e) or e.reward_NT)
     step = make_step(objective, lm, Counts(), generate=with_tool)
+    step.models["reference"] = exact_lm(3)
     result = step.run([0, 1], train=True)
     (experience,) = seen
+    assert (experience.log_ratio() != 0).equal(experience.mask_NT)
     assert not experience.reward_NT.any() and not experience.mask_NT[:, 3:5].any()
     assert not experience.value_NT[:, 3:5].any()
     assert result.count == 2 * 4 * 4  # prompts, completions, emitted tokens
+
+
+def test_only_what_was_cut_off_is_masked():
+    """One of two answers ended: its tokens alone are learned from, against the mean of both."""
+
+    def half(lm, prompts, n, sampling, *, seed):
+        ids = [[5, 6, WANTED], [7, 8, 9, 10]]
+        return [[lm.trace_of_ids(p, one, ended=k == 0) for k, one in enumerate(ids)] for p in prompts]
+
+    objective = GRPO(rollouts=Rollouts(generations=2, mask_truncated=True), advantage=GroupNormalised(std=False))
+    result = make_step(objective, generate=half).run([0, 1], train=True)
+    assert result.count == 2 * 3 and result.loss == pytest.approx(-6 * 0.5)
+
+
+def test_the_kl_coefficient_of_the_next_batch_is_adapted_to_this_ones_kl():
+    lm = exact_lm(0)
+    control = KLControl(kl_coef=0.1, kl_target=1e-3, kl_horizon=64.0)
+    objective = PPO(kl=control, rollouts=Rollouts(generations=4, sampling=SHORT))
+    step = make_step(objective, lm, Near())
+    step.models["reference"], seen = exact_lm(3), []
+    inner = PPO.advantages
+    object.__setattr__(objective, "advantages", lambda e, r, s: seen.append((e, r)) or inner(objective, e, r, s))
+    step.run([0, 1], train=True)
+    ((experience, reward),) = seen
+    torch.testing.assert_close(reward, experience.reward_NT - 0.1 * experience.log_ratio(), rtol=0, atol=1e-6)
+    error = float((experience.log_ratio().sum(1).mean() / 1e-3 - 1).clamp(-0.2, 0.2))
+    assert abs(error) == pytest.approx(0.2)
+    assert float(step.state.kl_coef) == pytest.approx(0.1 * (1 + error * 8 / 64))
 
 
 def test_completions_table(tmp_path):
@@ -251,6 +282,9 @@ def test_the_kl_coefficient_adapts_and_is_clipped():
     assert float(critic.kl_coef) == pytest.approx(0.1 * (1 + 0.1 * 10 / 100))
     critic.observe(torch.full((10,), 600.0))
     assert float(critic.kl_coef) == pytest.approx(0.1 * 1.01 * (1 + 0.2 * 10 / 100))
+    short = Critic(exact_lm(0).causal.config, KLControl(kl_target=6.0, kl_horizon=2.0), values=False)
+    with pytest.raises(ValueError, match=r"too short for 10 completions.* give more than 2 "):
+        short.observe(torch.full((10,), 0.0))
     fixed = Critic(exact_lm(0).causal.config, KLControl(kl_coef=0.1), values=False)
     fixed.observe(torch.full((10,), 600.0))
     assert float(fixed.kl_coef) == pytest.approx(0.1)
@@ -283,6 +317,8 @@ def test_kl_is_in_the_rewards_and_zero_at_the_start():
         (lambda: GRPO(rollouts=Rollouts(generations=1)), "2 or more"),
         (lambda: RLOO(rollouts=Rollouts(generations=1)), "2 or more"),
         (lambda: Rollouts(minibatches=0), "1 or more"),
+        (lambda: Rollouts(missing_eos_penalty=float("nan")), "give a finite one"),
+        (lambda: KLControl(kl_coef=float("inf")), "kl_coef >= 0"),
         (lambda: RLOO(advantage="x"), "not one of"),
     ],
 )
@@ -298,6 +334,55 @@ def test_more_minibatches_than_completions():
     step = make_step(options(GRPO, generations=2, minibatches=3), scorer=Near())
     for _ in range(3):  # of two prompts: single completions
         assert step.run([0, 1], train=True).count > 0
+
+
+@pytest.mark.parametrize("kind", [PPO, GRPO])
+def test_a_short_last_batch_has_empty_minibatches(kind, tmp_path):
+    """Four minibatches of six prompts, two of which make the second batch: what is left over learns nothing."""
+    g = 1 if kind is PPO else 2
+    objective = options(kind, generations=g, inner_epochs=2, minibatches=4 * g)
+    lm = exact_lm(0)
+    step = make_step(objective, lm, Near())
+    step.groups = prompts(lm, 6)
+    step.size, inner, seen = 6, step.run, []
+
+    def run(rows, *, train):
+        seen.append(torch.cat([p.detach().flatten() for p in lm.model.parameters()]))
+        return inner(rows, train=train)
+
+    step.run = run
+    history = fit(step, LoopConfig(lr=1e-3, batch_size=4, weight_decay=0.1), tmp_path, progress=False)
+    assert len(history) == 2 * 2 * 4 * g
+    moved = [not torch.equal(a, b) for a, b in itertools.pairwise(seen)]
+    second = moved[8 * g :]
+    assert not any(second[2 * g : 4 * g]) and not any(second[6 * g :])
+    assert all(second[: 2 * g]) if kind is PPO else any(second)
+
+
+def test_completions_without_a_token_are_left_out_and_told():
+    def empty(lm, prompts, n, sampling, *, seed):
+        return [[lm.trace_of_ids(p, ids, ended=False) for ids in ([], [5, 6], [])] for p in prompts]
+
+    said = []
+    step = make_step(options(GRPO), scorer=Near(), say=said.append, generate=empty)
+    assert step.run([0, 1], train=True).count == 4
+    assert "4 completions without a token (row 0), left out" in said[0]
+    nothing = lambda lm, prompts, n, sampling, *, seed: [[lm.trace_of_ids(p, [], ended=False)] for p in prompts]
+    with pytest.raises(ValueError, match="2 of 2 have no token"):
+        make_step(options(GRPO), scorer=Near(), generate=nothing).run([0, 1], train=True)
+
+
+def test_groups_are_as_the_generator_gave_them():
+    """Whatever number of completions it made of each prompt."""
+
+    def uneven(lm, prompts, n, sampling, *, seed):
+        return [[lm.trace_of_ids(p, [5, 6], ended=False)] * k for p, k in zip(prompts, (1, 3), strict=True)]
+
+    objective, seen = options(GRPO), []
+    object.__setattr__(objective, "advantages", lambda e, r, s: seen.append(e) or _zero(r))
+    make_step(objective, scorer=Near(), generate=uneven).run([0, 1], train=True)
+    assert seen[0].groups_N.tolist() == [0, 1, 1, 1]
+    assert [g.example.row for g in seen[0].groups] == [0, 1, 1, 1]
 
 
 def test_a_run_by_name(tmp_path):

@@ -179,6 +179,47 @@ def test_a_parser_that_is_not_there_says_how_to_get_it(monkeypatch):
         real_parser("stanford")
 
 
+def test_a_real_parser_that_fails_on_a_sentence_falls_back(monkeypatch):
+    """benepar refuses sentences that are too long, constituent-treelib what is no sentence."""
+
+    def parse(text):
+        if "Go" in text:
+            raise IndexError("no sentence")
+        return [["The", "cat"], ["sat", "on", "the", "old", "mat"], "."]
+
+    real_parser.cache_clear()
+    package = SimpleNamespace(Parser=lambda model: SimpleNamespace(parse=parse))
+    monkeypatch.setitem(sys.modules, "benepar", package)
+    some = [trace(WORDS[:8]), trace(WORDS)]
+    segmenter = Parsed(parser=real_parser("benepar"))
+    assert cut(some, segmenter, [None, None], Fixed(n=4)) == ([[0, 7], [0, 4, 8, 9]], 1)
+    with pytest.raises(Unparsed, match=r"benepar does not parse 'Go!': IndexError: no sentence"):
+        segmenter(trace(WORDS))
+    real_parser.cache_clear()
+
+
+RULES = [Fixed(n=1), Fixed(n=3), Randomized(repeat_times=1), Perplexity(), Perplexity(cut="after"), Parsed(cutoff=3)]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_every_rule_cuts_all_of_a_response_in_order(rule):
+    """Starts strictly increase from 0, lengths add up to the response's, its last token is one alone; holes or not."""
+    rng = np.random.default_rng(0)
+    for length in (1, 2, 3, 7, 40):
+        for share in (1.0, 0.6):
+            emitted = rng.random(length) < share
+            one = trace(rng.choice([" the", " cat", " sat", ".", ",", " and", "\n"], length).tolist(), emitted=emitted)
+            (starts,), failed = cut([one], rule, [rng.normal(size=length)], Fixed(n=5))
+            assert starts[0] == 0 and (np.diff(starts) > 0).all() and starts[-1] < length and not failed
+            mask = torch.from_numpy(emitted)[None]
+            sizes = torch.bincount(macro_ids([starts], mask)[mask], minlength=len(starts))
+            assert int(sizes.sum()) == emitted.sum() == one.mask.sum()
+            if emitted.any():
+                assert sizes[-1] == 1 and starts[-1] == np.flatnonzero(emitted)[-1]
+            if rule == Fixed(n=1):
+                assert sizes[1:].eq(1).all()
+
+
 @pytest.mark.parametrize("starts", [[], [1], [0, 0], [0, 2, 1], [0, 3]])
 def test_starts_that_are_none(starts):
     with pytest.raises(ValueError, match="strictly increasing"):

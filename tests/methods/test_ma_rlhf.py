@@ -152,28 +152,30 @@ def one_update(objective, rewards=REWARDS, epochs=1):
 
 @pytest.mark.parametrize("ratio", ["token", "macro"])
 @pytest.mark.parametrize("whitening", ["none", "biased"])
-def test_n_of_1_is_ppo_to_the_bit(ratio, whitening):
+@pytest.mark.parametrize("level", ["sequence", "token"])
+def test_n_of_1_is_ppo_to_the_bit(ratio, whitening, level):
     """Losses of policy and critic, both gradients; a second update too, where ratios and values are clipped."""
     shared = {
         "gae": GAE(whitening=whitening, gamma=0.98),
         "rollouts": Rollouts(generations=1, inner_epochs=2),
         "kl": KLControl(kl_coef=0.25),
     }
-    plain = one_update(PPO(**shared, policy_loss=PolicyLoss(clip=0.01)), epochs=2)
-    options = {**shared, "policy_loss": PolicyLoss(clip=0.01, ratio=ratio), "reward_clip": None}
+    rewards = REWARDS if level == "token" else [[0.0] * (len(r) - 1) + [sum(r)] for r in REWARDS]
+    plain = one_update(PPO(**shared, policy_loss=PolicyLoss(clip=0.01)), rewards, epochs=2)
+    options = {**shared, "policy_loss": PolicyLoss(clip=0.01, ratio=ratio), "reward_clip": None, "reward_level": level}
     for macros in (Macros(n=1), Macros(segmenter=lambda trace, logps=None: range(len(trace)))):
-        found = one_update(MARLHF(**options, macros=macros), epochs=2)
+        found = one_update(MARLHF(**options, macros=macros), rewards, epochs=2)
         for a, b in zip(found, plain, strict=True):
             assert a[:2] == b[:2] and torch.equal(a[2], b[2]) and torch.equal(a[3], b[3])
             assert all(a[4][k] == b[4][k] for k in b[4] if not k.startswith("seconds"))
-    assert one_update(MARLHF(**options, macros=Macros(n=3)))[0][0] != plain[0][0]
+    assert one_update(MARLHF(**options, macros=Macros(n=3)), rewards)[0][0] != plain[0][0]
 
 
-@pytest.mark.parametrize("n", [2, 5])
-def test_first_update_by_hand(n):
+@pytest.mark.parametrize("n, level", [(2, "sequence"), (5, "sequence"), (2, "token")])
+def test_first_update_by_hand(n, level):
     """The plain model and plain loops: token ratios, each token's value against its macro's return."""
     lm, reference = exact_lm(0), exact_lm(3)
-    objective = MARLHF(rollouts=ONCE, kl=KLControl(kl_coef=0.25), macros=Macros(n=n))
+    objective = MARLHF(rollouts=ONCE, kl=KLControl(kl_coef=0.25), macros=Macros(n=n), reward_level=level)
     step = make_step(objective, COMPLETIONS, REWARDS, lm=lm, models={"reference": reference})
     result = step.run([0, 1, 2], train=True)
     found, head = gradient(lm) / result.count, step.state.head.weight.grad.clone() / result.count
@@ -183,7 +185,8 @@ def test_first_update_by_hand(n):
     for group, (ids_,), reward in zip(step.groups, COMPLETIONS, REWARDS, strict=True):
         p, q = logps(lm, group.prompt_ids, ids_), logps(reference, group.prompt_ids, ids_).detach()
         v = states(lm, group.prompt_ids, ids_) @ step.state.head.weight[0] + step.state.head.bias
-        clipped = [min(max(r, -2.5), 2.5) for r in reward]  # 3.0 is beyond it
+        given = reward if level == "token" else [0.0] * (len(reward) - 1) + [sum(reward)]
+        clipped = [min(max(r, -2.5), 2.5) for r in given]  # 3.0 is beyond it
         r = (torch.tensor(clipped, dtype=torch.float64) - 0.25 * (p - q)).detach().tolist()
         starts = sorted({*range(0, len(ids_), n), len(ids_) - 1})
         a, ret = by_loop(r, v.tolist(), starts, 1.0, 0.95, "equal")
@@ -198,6 +201,16 @@ def test_first_update_by_hand(n):
     assert result.metrics["objective/kl"] == (pytest.approx(kl), 3.0), "of sequences, whatever n averages"
     assert result.metrics["macros/count"] == (macros, 3.0) and result.metrics["macros/fallback"] == (0.0, 3.0)
     assert result.metrics["macros/length"] == (10.0, macros)
+
+
+def test_the_sequences_reward_is_summed_then_clipped_on_the_last_emitted_token():
+    """Wherever scorers put it: the last token is a macro of its own, so that no mean makes less of it."""
+    objective, seen = MARLHF(rollouts=ONCE, kl=KLControl(kl_coef=0.0)), []
+    inner = objective.advantages
+    object.__setattr__(objective, "advantages", lambda e, r, s: seen.append(r) or inner(e, r, s))
+    make_step(objective, COMPLETIONS, [[1.0, 0, 0, 1.0, 0, 0, 0], [-2.0, -1.0], [1.5]]).run([0, 1, 2], train=True)
+    assert [row[row != 0].tolist() for row in seen[0]] == [[2.0], [-2.5], [1.5]]
+    assert [int(row.nonzero()[0]) for row in seen[0]] == [6, 1, 0]
 
 
 def test_the_product_of_a_macros_ratios():
@@ -250,6 +263,17 @@ def test_every_rule_trains(rule):
     assert np.isfinite(loss) and count == 10 and torch.isfinite(grads).all() and grads.abs().max() > 0
 
 
+def test_defaults_are_the_papers():
+    o = MARLHF()
+    assert (o.macros.rule, o.macros.n, o.macros.value_function, o.policy_loss.ratio) == ("fixed", 5, "equal", "token")
+    assert (o.gae.gamma, o.gae.lam, o.gae.whitening, o.kl.kl_coef, o.reward_clip) == (1.0, 0.95, "none", 0.05, 2.5)
+    assert (o.policy_loss.clip, o.value.value_clip, o.policy_loss.aggregate) == (0.2, 0.2, "token")
+    assert (o.rollouts.inner_epochs, o.rollouts.minibatches, o.rollouts.generations) == (1, 1, 1)
+    sampling = o.rollouts.sampling
+    assert (sampling.max_new_tokens, sampling.temperature, sampling.top_k) == (512, 0.8, 50)
+    assert (o.macros.ppl_cut, o.macros.parser_cutoff, o.macros.discount) == ("release", 5, "macro")
+
+
 @pytest.mark.parametrize(
     "bad",
     [
@@ -265,5 +289,7 @@ def test_every_rule_trains(rule):
 def test_bad_options(bad):
     with pytest.raises(ValueError):
         Macros(**bad)
+    with pytest.raises(ValueError, match="reward_level"):
+        MARLHF(reward_level="span")
     with pytest.raises(ValueError, match="reward_clip"):
         MARLHF(reward_clip=0.0)

@@ -316,6 +316,20 @@ def test_a_log_ratio_that_is_not_finite_names_its_row():
         RTO().rewards(experience, step.state)
 
 
+def test_defaults_are_the_papers():
+    o = RTO()
+    assert (o.token_reward.dpo_scale, o.token_reward.dpo_clip, o.kl.kl_coef) == (0.05, 0.05, 0.01)
+    assert (o.gae.gamma, o.gae.lam, o.gae.whitening) == (1.0, 0.95, "biased")
+    assert (o.policy_loss.clip, o.value.value_clip, o.policy_loss.aggregate) == (0.2, 0.2, "sequence")
+    assert o.value.critic_lr_factor * 5e-7 == pytest.approx(9e-6)
+    assert (o.rollouts.minibatches, o.rollouts.inner_epochs, o.rollouts.sampling) == (
+        1024 // 128,
+        1,
+        Sampling(max_new_tokens=1024),
+    )
+    assert (o.sequence_reward.reward_clamp, o.token_reward.granularity) == (10.0, "token")
+
+
 def test_two_answers_of_one_prompt_are_no_pair():
     """The prompts come from pairs, but the loss of rollouts knows no chosen and rejected."""
     objective = RTO(token_reward=TokenReward(dpo_scale=0.0), rollouts=Rollouts(generations=2))
@@ -351,12 +365,12 @@ class Low:
         return [Credit.of_sequence(t, float(sum(i < 40 for i in t.completion_ids))) for t in items]
 
 
-def run_of(tmp_path, objective, slug="rto", kind="pair", given=None, **options):
+def run_of(tmp_path, objective, slug="rto", kind="pair", given=None, steps=8, **options):
     lm = exact_lm(0)
     said = ("good", "bad") if kind == "pair" else ()
     examples = [Example(prompt=f"film {row}?", responses=said, kind=kind, row=row) for row in range(4)]
     groups, _ = encode(examples, lm)
-    config = LoopConfig(lr=1e-3, batch_size=2, steps=8)
+    config = LoopConfig(lr=1e-3, batch_size=2, steps=steps)
     run = Run(
         slug=slug,
         objective=objective,
@@ -426,6 +440,10 @@ def test_prompts_and_models_of_ones_own(tmp_path):
     assert [g.example.prompt for g in run.groups] == [f"book {n}?" for n in range(3)]
     assert record["stages"] == [] and run.given["dpo"].identity()["weights"] == exact_lm(5).identity()["weights"]
     assert any("sample at temperature 1" in note for note in record["notes"])
+    long = dataclasses.replace(short, sampling=Sampling(max_new_tokens=10 * run.policy.context))
+    run, record = run_of(tmp_path / "long", dataclasses.replace(objective, rollouts=long), steps=0)
+    asked = [run.policy.encode_prompt(g.example.prompt) for g in run.groups]
+    assert [g.prompt_ids for g in run.groups] == asked, "answers as long as the context leave half of it to prompts"
     mine = exact_lm(9)
     run, _ = run_of(tmp_path / "given", dataclasses.replace(objective, dpo=DPOStage()), given={"dpo": mine})
     assert run.given["dpo"] is mine

@@ -72,7 +72,7 @@ def token_credit_trainer(
         options: of `trl.GRPOTrainer`; it must be given a `processing_class` that is a tokenizer.
 
     Raises:
-        ImportError: TRL is not installed. ValueError: no tokenizer.
+        ImportError: TRL is not installed. ValueError: no tokenizer; in training, a group that is split over processes.
     """
     try:
         import torch
@@ -89,10 +89,15 @@ def token_credit_trainer(
         """GRPO with an advantage a token."""
 
         def _generate_and_score_completions(self, inputs: Any) -> Any:
+            generations = self.num_generations if self.model.training else self.num_generations_eval
+            if len(inputs) % generations:  # TRL gathers one number a completion from all processes; tokens stay here
+                raise ValueError(
+                    f"{len(inputs)} completions on a process do not make whole groups of {generations}; make "
+                    "per_device_train_batch_size x steps_per_generation a multiple of num_generations (so for eval)"
+                )
             out = super()._generate_and_score_completions(inputs)
             mask_NT = out["completion_mask"].bool()
             emitted_NT = mask_NT & out["tool_mask"].bool() if "tool_mask" in out else mask_NT
-            generations = self.num_generations if self.model.training else self.num_generations_eval
             traces = []
             for n, example in enumerate(inputs):
                 prompt = out["prompt_ids"][n][out["prompt_mask"][n].bool()].tolist()

@@ -91,7 +91,7 @@ class TokenRewardManager:
         reward_NT = torch.zeros(responses.shape, dtype=torch.float32, device=responses.device)
         for n, credit in enumerate(found.credits):
             if credit is not None:
-                reward_NT[n, there_NT[n]] = torch.from_numpy(credit.values).to(reward_NT)
+                reward_NT[n, there_NT[n]] = torch.from_numpy(credit.values * traces[n].mask).to(reward_NT)
         for n in range(min(self.num_examine, len(traces))):
             print(f"[prompt] {traces[n].prompt_text}\n[response] {traces[n].text}\n[score] {float(reward_NT[n].sum())}")
         if not return_dict:

@@ -54,7 +54,8 @@ class VLLMGenerator:
         """n completions of each prompt by the policy as it is now. See `rollout.sample`."""
         sampling = sampling or Sampling()
         self.load_weights(lm)
-        params = self._params(**vllm_options(lm, n, sampling, seed))
+        # an engine counts on from a request's seed for its n samples; two prompts of one seed would share their draws
+        params = [self._params(**vllm_options(lm, n, sampling, seed + n * i)) for i in range(len(prompts))]
         asked = [{"prompt_token_ids": list(p)} for p in prompts]
         found = self.engine.generate(asked, params, use_tqdm=False)
         return [traces_of(lm, p, one.outputs, sampling, seed) for p, one in zip(prompts, found, strict=True)]

@@ -21,7 +21,11 @@ class KLControl:
     """Samples over which it adapts."""
 
     def __post_init__(self) -> None:
-        if not self.kl_coef >= 0 or not self.kl_horizon > 0 or (self.kl_target is not None and not self.kl_target > 0):
+        if (
+            not 0 <= self.kl_coef < torch.inf
+            or not self.kl_horizon > 0
+            or (self.kl_target is not None and not self.kl_target > 0)
+        ):
             raise ValueError(f"{self}: kl_coef >= 0, kl_horizon > 0 and kl_target > 0 (or None) are needed")
 
 
@@ -57,11 +61,20 @@ class Critic(nn.Module):
 
     def observe(self, kl_N: Tensor) -> None:
         """Adapt the coefficient to the KL of sequences, (N,), for the next batch: coef *= 1 + e N / horizon, with
-        e = clip(KL / target - 1, -0.2, 0.2)."""
+        e = clip(KL / target - 1, -0.2, 0.2).
+
+        Raises:
+            ValueError: so many sequences for the horizon that the coefficient could change its sign.
+        """
         from .distributed import summed
 
         if self.control.kl_target is None:
             return
         total, count = summed(kl_N.double().sum(), torch.tensor(float(len(kl_N)), device=kl_N.device))
+        if 0.2 * float(count) >= self.control.kl_horizon:
+            raise ValueError(
+                f"kl_horizon={self.control.kl_horizon:g} is too short for {int(count)} completions, which could "
+                f"turn kl_coef negative; give more than {0.2 * float(count):g} (Ziegler et al.: 10000)"
+            )
         error = float((total / count.clamp(min=1) / self.control.kl_target - 1).clamp(-0.2, 0.2))
         self.kl_coef.mul_(1 + error * float(count) / self.control.kl_horizon)

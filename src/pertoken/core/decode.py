@@ -32,8 +32,10 @@ from .trace import Trace
 class Guide(Protocol):
     """Next-token log-weights of N sequences that grow together."""
 
-    vocabulary: int
-    """V: ids below it have a weight."""
+    @property
+    def vocabulary(self) -> int:
+        """V: ids below it have a weight."""
+        ...
 
     def start(self, prompts: Sequence[Any]) -> Any:
         """State of N sequences that have only their prompts, of text, messages or ids."""

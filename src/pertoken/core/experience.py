@@ -3,6 +3,7 @@ them. `rollout_step` is the step that does it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -41,6 +42,10 @@ class Rollouts:
     def __post_init__(self) -> None:
         if min(self.generations, self.inner_epochs, self.minibatches) < 1 or self.completions_every < 0:
             raise ValueError(f"{self}: generations, inner_epochs and minibatches are 1 or more")
+        if not math.isfinite(self.missing_eos_penalty):
+            raise ValueError(
+                f"missing_eos_penalty={self.missing_eos_penalty} is no amount; give a finite one (0: none)"
+            )
         if self.on_error not in ("stop", "skip"):
             raise ValueError(f"on_error={self.on_error!r} is not one of stop, skip")
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing as mp
+import pickle
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from .credit import Credit, NotFinite
@@ -30,6 +32,10 @@ class Isolated:
         self._process: Any = None
         self._pipe: Any = None
 
+    def at(self, batch: int) -> _Moved:
+        """The scorer as it is in a batch with that number (one with a schedule moves on), in the same process."""
+        return _Moved(self, batch)
+
     def score(self, items: Sequence[Trace]) -> list[Credit]:
         """What the scorer says.
 
@@ -37,12 +43,14 @@ class Isolated:
             WorkerDied: its process ended, or took longer than `timeout` (it is ended then).
             RuntimeError: the scorer raised; the message is its own. NotFinite: it gave a value that is not finite.
         """
+        return self._ask(items, None)
+
+    def _ask(self, items: Sequence[Trace], batch: int | None) -> list[Credit]:
         try:
             if self._process is None or not self._process.is_alive():
                 self._start()
-            self._pipe.send(list(items))
+            self._pipe.send((list(items), batch))
             if not self._pipe.poll(self.timeout):
-                self.close()
                 raise WorkerDied(f"{self.name} took more than {self.timeout:g} seconds")
             how, found = self._pipe.recv()
         except (EOFError, BrokenPipeError, ConnectionResetError) as error:
@@ -51,6 +59,9 @@ class Isolated:
             code = process.exitcode
             self.close()
             raise WorkerDied(f"the process of {self.name} ended with code {code}") from error
+        except BaseException:  # an interrupt, too: an answer that comes later must not be taken for the next one's
+            self.close()
+            raise
         if how != "ok":
             raise NotFinite(found) if how == "not finite" else RuntimeError(found)
         return found
@@ -66,25 +77,41 @@ class Isolated:
     def _start(self) -> None:
         self.close()
         context = mp.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(self.scorer, theirs), daemon=True)
-        self._process.start()
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(self.scorer, theirs), daemon=True)
+        try:
+            process.start()
+        except (pickle.PicklingError, AttributeError, TypeError) as error:  # what pickle raises
+            raise ValueError(
+                f"{self.name} cannot go to another process ({error}); give a scorer that is defined in a module"
+            ) from error
         theirs.close()
+        self._process, self._pipe = process, ours
         self._pipe.recv()  # it is there: starting takes seconds that are not the scorer's
 
     def __getstate__(self) -> dict[str, Any]:
         return {"scorer": self.scorer, "timeout": self.timeout, "name": self.name, "_process": None, "_pipe": None}
 
 
+@dataclass(frozen=True)
+class _Moved:
+    isolated: Isolated
+    batch: int
+
+    def score(self, items: Sequence[Trace]) -> list[Credit]:
+        return self.isolated._ask(items, self.batch)
+
+
 def _serve(scorer: Any, pipe: Any) -> None:
     pipe.send(("ready", None))
     while True:
         try:
-            items = pipe.recv()
+            items, batch = pipe.recv()
         except EOFError:
             return
         try:
-            pipe.send(("ok", scorer.score(items)))
+            now = scorer.at(batch) if batch is not None and hasattr(scorer, "at") else scorer
+            pipe.send(("ok", now.score(items)))
         except NotFinite as error:
             pipe.send(("not finite", str(error)))
         except Exception as error:  # told to the process that asked

@@ -242,11 +242,11 @@ def apply_gradients(
     optimizer: torch.optim.Optimizer, accelerator: Any, count: float, rate: float, max_norm: float
 ) -> float:
     """Make gradients of a sum over `count` those of the mean, clip them (0: not), update; their norm before clipping.
-    If it is not finite, nothing is updated."""
+    If it is not finite, or nothing was counted, nothing is updated."""
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     scale = accelerator.num_processes / count if count else 0.0  # wrappers have averaged them over processes
     norm = scale * _norm(grads)
-    if math.isfinite(norm):
+    if math.isfinite(norm) and count:
         scale *= min(1.0, max_norm / (norm + 1e-6)) if max_norm else 1.0
         for grad in grads:
             grad.mul_(scale)

@@ -116,7 +116,8 @@ def of_spacy(sentence: Any) -> Tree:
 
 @lru_cache(maxsize=4)
 def real_parser(name: str) -> Parser:
-    """A parser of a package: ``benepar``, ``constituent-treelib`` or ``spacy`` (its models must be there already).
+    """A parser of a package: ``benepar``, ``constituent-treelib`` or ``spacy`` (its models must be there already). What
+    it raises on a sentence (too long, no sentence at all) is `Unparsed`, so that one answer does not end a run.
 
     Raises:
         ValueError: another name. ImportError: the package or its model is not installed; the sentence says how.
@@ -126,9 +127,17 @@ def real_parser(name: str) -> Parser:
     module, hint = _HINTS[name]
     try:
         package = importlib.import_module(module)
-        return _loaded(name, package)
+        parse = _loaded(name, package)
     except (ImportError, OSError, LookupError) as error:  # what they raise where the package or the model is missing
         raise ImportError(f"parser={name!r} is not installed ({error}): {hint}; or use parser=clauses") from error
+
+    def parsed(text: str) -> Tree:
+        try:
+            return parse(text)
+        except Exception as error:  # anything: it is another's code, on whatever a policy wrote
+            raise Unparsed(f"{name} does not parse {text[:80]!r}: {type(error).__name__}: {error}") from error
+
+    return parsed
 
 
 def _loaded(name: str, package: Any) -> Parser:

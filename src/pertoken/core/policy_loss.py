@@ -86,14 +86,15 @@ def policy_losses(
         macro_NT: int64, the number of each token's macro action; only ``ratio="macro"`` asks for it.
 
     Raises:
-        ValueError: the ratio of macro actions is asked for, and there are none.
+        ValueError: the ratio of macro actions is asked for, and there are none; or importance sampling, without mu.
     """
     zero = torch.zeros((), dtype=logp_NT.dtype, device=logp_NT.device)
     advantage_NT = torch.where(mask_NT, advantage_NT.detach().to(logp_NT.dtype), zero)
     log_ratio_NT = log_ratio(logp_NT, old_NT.detach(), mask_NT)
+    through_NT = logp_NT - logp_NT.detach()  # 0, exactly, with the gradient of log pi
     if options.ratio == "sequence":
         mean_N1 = masked_mean(log_ratio_NT, mask_NT)[:, None].detach()
-        ratio_NT = torch.exp(torch.where(mask_NT, mean_N1 + logp_NT - logp_NT.detach(), zero))
+        ratio_NT = torch.exp(torch.where(mask_NT, mean_N1 + through_NT, zero))
     elif options.ratio == "macro":
         if macro_NT is None:
             raise ValueError('ratio="macro" needs macro actions, which ma-rlhf makes; give ratio="token" here')
@@ -101,7 +102,7 @@ def policy_losses(
         product_NT = sums_NT.gather(1, macro_NT).clamp(-_LARGEST, _LARGEST)
         # each token carries its macro's ratio; its gradient is through its own log-prob, so that those of a macro's
         # tokens add up to the gradient of the product
-        ratio_NT = torch.exp(torch.where(mask_NT, product_NT + logp_NT - logp_NT.detach(), zero))
+        ratio_NT = torch.exp(torch.where(mask_NT, product_NT + through_NT, zero))
     else:
         ratio_NT = torch.exp(log_ratio_NT)
     high = options.clip if options.clip_high is None else options.clip_high
@@ -113,7 +114,12 @@ def policy_losses(
         if options.dual_clip is not None:
             bounded_NT = torch.minimum(losses_NT, -options.dual_clip * advantage_NT)
             losses_NT = torch.where(advantage_NT < 0, bounded_NT, losses_NT)
-    if options.importance_cap is not None and sampled_NT is not None:
+    if options.importance_cap is not None:
+        if sampled_NT is None:
+            raise ValueError(
+                "importance_cap needs the log-probs under which tokens were drawn, and the generator recorded none; "
+                "record sampled_logps in its traces, or leave importance_cap out"
+            )
         weight_NT = torch.exp(log_ratio(old_NT.detach(), sampled_NT, mask_NT)).clamp(max=options.importance_cap)
         losses_NT = losses_NT * weight_NT
     with torch.no_grad():

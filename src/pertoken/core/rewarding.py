@@ -8,6 +8,7 @@ fail alone stop the run, or are left out and counted, as asked. A reward that is
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,7 +73,7 @@ class Rewarder:
 
         Raises:
             ValueError: a scorer that fails on a row, unless failures are skipped; a value that is not finite; credit
-                over the prompt, or another number of credits than of completions.
+                over the prompt or on other tokens, or another number of credits than of completions.
         """
         total: list[list[Credit]] = [[] for _ in traces]
         parts: dict[str, list[float | None]] = {}
@@ -80,12 +81,23 @@ class Rewarder:
         for name, scorer in self.scorers.items():
             found, failed = self._ask(name, scorer, traces)
             failures += failed
+            without = {i for i, *_ in failed}
+            for i, credit in enumerate(found):
+                if i not in without and not isinstance(credit, Credit):
+                    what = f"a {type(credit).__name__} for row {traces[i].meta.get('row', i)}, not a Credit"
+                    raise ValueError(f"{name} gave {what}; give Credit.of_sequence(trace, number), or raise")
             parts[name] = [None if c is None else c.reduce() for c in found]
             for i, credit in enumerate(found):
                 if credit is None:
                     continue
                 if credit.over != "completion":
                     raise ValueError(f"{name} puts credit on the {credit.over}; a reward is over the completion")
+                own = traces[i]
+                if (credit.trace.completion_ids, credit.trace.tokenizer) != (own.completion_ids, own.tokenizer):
+                    raise ValueError(
+                        f"{name} gave completion {i} (row {own.meta.get('row', i)}) credit on other tokens; give one "
+                        "credit a completion in their order, that of another tokenizer by credit.to(trace)"
+                    )
                 total[i].append(credit.map(lambda v: v, kind="reward", method=name))
                 for part, value in credit.meta.get("parts", {}).items():
                     parts.setdefault(f"{name}.{part}", [None] * len(traces))[i] = float(value)
@@ -139,7 +151,7 @@ def make_rewarder(reward: str, scorer: Any, make: Callable[..., Scorer], on_erro
         make: slug -> scorer.
 
     Raises:
-        ValueError: neither is given, or a sum that cannot be read.
+        ValueError: neither is given, a sum that cannot be read, or one name twice.
     """
     scorers: dict[str, Scorer] = {}
     weights: dict[str, float] = {}
@@ -149,12 +161,16 @@ def make_rewarder(reward: str, scorer: Any, make: Callable[..., Scorer], on_erro
             weight = float(factor) if star else 1.0
         except ValueError as error:
             raise ValueError(f"reward={reward!r}: {factor!r} is no number; write 0.5*toolrl + vader") from error
+        if not math.isfinite(weight):
+            raise ValueError(f"reward={reward!r}: a weight of {weight} makes no sum; give a finite one")
         slug = slug.strip()
         if slug in scorers:
             raise ValueError(f"reward={reward!r} names {slug} twice; give it one weight")
         scorers[slug], weights[slug] = make(slug), weight
     if scorer is not None:
         for name, one in (scorer if isinstance(scorer, Mapping) else {_name(scorer): scorer}).items():
+            if name in scorers:
+                raise ValueError(f"reward={reward!r} and scorer both name {name}; give scorer={{'another name': ...}}")
             scorers[name] = as_scorer(one)
     return Rewarder(scorers, weights, on_error)
 

@@ -76,6 +76,7 @@ class RolloutStep(ObjectiveStep):
         # in the checkpoint, so that a resumed run goes on with the same schedules
         self.state.register_buffer("batches_done", torch.zeros((), dtype=torch.long, device=policy.device))
         self.parts: list[list[Group]] = []
+        self.part: list[Group] = []
         if hasattr(objective, "start"):
             objective.start(self)
 
@@ -89,7 +90,9 @@ class RolloutStep(ObjectiveStep):
         result = StepResult()
         if not self.parts:
             self.parts = self._roll_out([self.groups[r] for r in rows or [0]], bool(rows), result)
-        result.add(self._run(self.parts.pop(0), train, 1.0 if rows else 0.0))
+        part = self.parts.pop(0)
+        self.part = part or self.part  # of a batch too short for all of its minibatches, the last have no completion
+        result.add(self._run(self.part, train, 1.0 if rows and part else 0.0))
         return result
 
     def evaluate(self) -> dict[str, float]:
@@ -122,9 +125,14 @@ class RolloutStep(ObjectiveStep):
         kept = [i for i, credit in enumerate(rewarded.credits) if credit is not None and len(traces[i])]
         for i, name, what in rewarded.failures[:4]:
             self.say(f"batch {self.batch + 1}: {name} failed on row {traces[i].meta['row']}, left out: {what}")
+        empty = [t.meta["row"] for t in traces if not len(t)]
+        if empty:
+            self.say(f"batch {self.batch + 1}: {len(empty)} completions without a token (row {empty[0]}), left out")
         if not kept:
-            raise ValueError(f"no completion of batch {self.batch + 1} could be scored ({rewarded.failures[:1]})")
-        where = [i // options.generations for i in kept]
+            why = rewarded.failures[:1] or f"{len(empty)} of {len(traces)} have no token"
+            raise ValueError(f"no completion of batch {self.batch + 1} could be scored ({why})")
+        place = [g for g, some in enumerate(drawn) for _ in some]
+        where = [place[i] for i in kept]
         experience = self._experience([traces[i] for i in kept], where, prompts, rewarded, kept, counts)
         with torch.no_grad():
             rewards = getattr(self.objective, "rewards", None)
@@ -140,9 +148,9 @@ class RolloutStep(ObjectiveStep):
         main = self.accelerator is None or self.accelerator.is_main_process
         if options.completions_every and self.batch % options.completions_every == 0 and main and self.out is not None:
             write_completions(experience, found, self.out / "completions")
-        groups = self._columns(experience, found)
+        parts = self._minibatches(self._columns(experience, found), counts)
         self.state.batches_done += 1  # type: ignore[union-attr,operator]
-        return self._minibatches(groups)
+        return parts
 
     @torch.no_grad()
     def _experience(
@@ -235,12 +243,17 @@ class RolloutStep(ObjectiveStep):
             groups.append(group)
         return groups
 
-    def _minibatches(self, groups: list[Group]) -> list[list[Group]]:
-        """Groups stay whole where there are enough of them; their order is drawn anew in each inner epoch."""
+    def _minibatches(self, groups: list[Group], counts: bool) -> list[list[Group]]:
+        """Groups stay whole where there are enough of them; their order is drawn anew in each inner epoch.
+
+        Raises:
+            ValueError: fewer completions than minibatches in the first batch. In a later one, which is short because
+                the data end or rows could not be scored, an epoch's last minibatches are empty, and learn nothing.
+        """
         m = self.rollouts.minibatches
         if len(groups) < m:
             groups = [one for g in groups for one in _alone(g)]
-        if len(groups) < m:
+        if len(groups) < m and counts and not self.batch:
             raise ValueError(f"{len(groups)} completions do not make {m} minibatches; lower minibatches")
         out: list[list[Group]] = []
         for _ in range(self.rollouts.inner_epochs):

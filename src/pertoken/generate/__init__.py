@@ -1,1 +1,1 @@
-"""Decoders: what draws text from a model, steered. One file a method; the catalog names them."""
+"""The room of decoders: control over what is generated, token by token."""

@@ -4,18 +4,19 @@ MA-RLHF: Chai, Sun, Fang, Wang, Sun, Wu, "MA-RLHF: Reinforcement Learning from H
 2025, arXiv 2410.02743. A rollout y_1..y_T of the policy is cut into macros omega_1..omega_M (`core.segment`: every n
 tokens, random lengths, runs of falling perplexity under the reference, constituents); its last token is one alone.
 
-    r_t   = clip(R_t, +-2.5) - kl_coef ( log pi(y_t) - log pi_ref(y_t) )         R: the sequence's, on the last token
+    r_t   = 1[t=T] clip(R, +-2.5) - kl_coef ( log pi(y_t) - log pi_ref(y_t) )         R: the sum of what scorers give
     V_tau = sum_{i in tau} sigma_i V_i,      r_tau = sum_{i in tau} sigma_i r_i,     sigma = 1/|tau|  (equal)
     A_tau = delta_tau + gamma lam A_{tau+1},   delta_tau = r_tau + gamma V_{tau+1} - V_tau,   R_tau = A_tau + V_tau
     L     = mean_i [ max( -rho_i A_tau, -clip(rho_i, 1 +- 0.2) A_tau )
                      + vf_coef 0.5 max( (V_i - R_tau)^2, (clip(V_i, V_old,i +- 0.2) - R_tau)^2 ) ]      tau of i
 
-Shapes (N, T), nats and rewards. n=1 is `ppo` (with these settings) to the bit; one macro for the response, and its
-tail, is REINFORCE with a critic, all but. `ratio="macro"` has the product of rho over the macro in place of rho_i, each
-token through its own log-prob; where pi is pi_old both have one gradient.
+Shapes (N, T), nats and rewards. n=1 is `ppo` (with these settings, on R) to the bit; one macro for the response, and
+its tail, is REINFORCE with a critic, all but. `ratio="macro"` has the product of rho over the macro in place of rho_i,
+each token through its own log-prob; where pi is pi_old both have one gradient.
 
 kl_coef is not comparable across n: the KL penalty is averaged within macros as rewards are, so at n tokens a macro it
-weighs about 1/n of what it does at n=1. The log has the KL of whole sequences (``objective/kl``).
+weighs about 1/n of what it does at n=1. The log has the KL of whole sequences (``objective/kl``). So is credit that
+``reward_level="token"`` leaves where scorers put it; R on the last token, a macro of its own, is not.
 gamma < 1 discounts a macro, however long (``discount="macro"``, as the release), or each of its tokens.
 
 Differs from the authors' code: a start that two rules give counts once (there, where the grid falls on the last index,
@@ -28,18 +29,20 @@ the whole response, counted (``macros/fallback``). The release has no default fo
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from ..core.advantage import GAE, Advantages, Sigma, macro_gae
+from ..core.advantage import GAE, Advantages, Sigma, macro_gae, on_last
 from ..core.experience import Experience, Rollouts
 from ..core.parsing import clauses, real_parser
 from ..core.protocols import Segmenter
 from ..core.rollout import Sampling
 from ..core.segment import Fixed, Parsed, Perplexity, Randomized, cut, macro_ids
+from ..core.stats import masked_sum
 from ._policy_gradient import kl_penalised
 from .ppo import PPO
 
@@ -116,18 +119,23 @@ class MARLHF(PPO):
     """Where responses are cut, and how a macro's tokens are summed up."""
     reward_clip: float | None = 2.5
     """Rewards are held in +- this, before the KL penalty (None: not)."""
+    reward_level: Literal["sequence", "token"] = "sequence"
+    """What scorers give: its sum, on the last token, or what stands on each token (each clipped, then averaged)."""
 
     def __post_init__(self) -> None:
+        if self.reward_level not in ("sequence", "token"):
+            raise ValueError(f"reward_level={self.reward_level!r} is not one of sequence, token")
         if self.reward_clip is not None and not self.reward_clip > 0:
             raise ValueError(f"reward_clip={self.reward_clip} must be above 0 (None: no clipping)")
 
     def rewards(self, experience: Experience, state: nn.Module | None) -> Tensor:
-        """Credit, clipped, less the KL penalty: (N, T)."""
-        found_NT = kl_penalised(experience, state)
-        if self.reward_clip is None:
-            return found_NT
-        beyond_NT = experience.reward_NT - experience.reward_NT.clamp(-self.reward_clip, self.reward_clip)
-        return found_NT - beyond_NT
+        """R or credit, clipped, less the KL penalty: (N, T)."""
+        mask_NT, given_NT = experience.mask_NT, experience.reward_NT
+        if self.reward_level == "sequence":
+            given_NT = on_last(masked_sum(given_NT, mask_NT), mask_NT)
+        if self.reward_clip is not None:
+            given_NT = given_NT.clamp(-self.reward_clip, self.reward_clip)
+        return kl_penalised(dataclasses.replace(experience, reward_NT=given_NT), state)
 
     def advantages(self, experience: Experience, reward_NT: Tensor, state: nn.Module | None) -> Advantages:
         """GAE over macros, whitened as asked, and returns, each token having its macro's."""

@@ -8,7 +8,7 @@ Zhong, Shan, Feng, Xiong, Cheng, Zhao, He, Bian, Wang, "DPO Meets PPO: Reinforce
 
 The first term is scaled, then clipped to +-dpo_clip; beta_2 is PPO's kl_coef; beta_3 = 1; R, the sum of what the
 scorers give, is standardised, clamped to +-10 and stands on the last token that the policy emitted. Log-probs are in
-nats and at temperature 1. beta_1 = 0 trains no pi_dpo and is PPO, to the bit. `granularity` has the paper's ablations.
+nats, at temperature 1. beta_1 = 0 trains no pi_dpo and is PPO on that R, to the bit. `granularity` has the ablations.
 
 At the defaults log-ratios beyond +-1 are clipped: ``rto/dpo_clipped`` is the share of such tokens. The token reward is
 not centred, so it moves lengths: read ``completions/mean_length``; R is what holds them.
@@ -39,6 +39,7 @@ from ..core.experience import Experience, Rollouts
 from ..core.lm import load
 from ..core.policy_loss import PolicyLoss
 from ..core.protocols import Preparation
+from ..core.rollout import Sampling
 from ..core.stats import masked_sum
 from ._granularity import GRANULARITIES, Granularity, regrouped, sentence_ends
 from ._policy_gradient import LOGP, WITH_STATE, ActorCritic, ValueLoss, kl_penalised
@@ -150,7 +151,9 @@ class RTO(ActorCritic):
     """The policy's loss: a mean over sequences of their token means, as the critic's."""
     value: ValueLoss = field(default_factory=lambda: ValueLoss(critic_lr_factor=18.0))
     """The critic's loss."""
-    rollouts: Rollouts = field(default_factory=lambda: Rollouts(generations=1, minibatches=8))
+    rollouts: Rollouts = field(
+        default_factory=lambda: Rollouts(generations=1, sampling=Sampling(max_new_tokens=1024), minibatches=8)
+    )
     """How prompts are answered, and how often answers are learned from (paper: 1024 a batch, in minibatches of 128)."""
 
     data: ClassVar[str] = "pairs"
@@ -186,7 +189,8 @@ class RTO(ActorCritic):
         prompts = [_prompt_of(g) for g in run.groups]
         if self.dpo.prompts:
             examples, read = load_examples(self.dpo.prompts, kind="prompt", seed=run.config.seed)
-            room = max(2, run.policy.context - how.max_new_tokens + 1)  # encode leaves a token of it to the answer
+            # encode leaves a token of it to the answer; where answers may fill the context, half of it is the prompt's
+            room = max(2, run.policy.context // 2, run.policy.context - how.max_new_tokens + 1)
             prompts, kept = encode(examples, run.policy, max_length=room)
             for line in read.then(kept).lines():
                 run.report(line)

@@ -212,8 +212,9 @@ class TLTraining:
 
 def irm_ppo(**changes: Any) -> PPO:
     """PPO with the settings of IRM: one greedy rollout a prompt, learned from once, KL penalty 0.3 on every token, the
-    reward on the last; GAE without whitening, value loss with weight 1 and half of the actor's rate (theirs: a critic
-    of its own, with this ratio of rates). Their clamp of the reward to [-5, 5] does nothing to -2..1.
+    reward on the last; GAE without whitening, values at half of the actor's rate. Theirs is a critic of its own; ours
+    shares the policy's layers, so that its loss has weight 0.1 (at 1 it pulled a small policy apart). Their clamp of
+    the reward to [-5, 5] does nothing to -2..1.
 
     Args:
         changes: fields of `PPO` that differ; the default reward is ``tl-training-reward``, level sequence as theirs
@@ -224,7 +225,7 @@ def irm_ppo(**changes: Any) -> PPO:
         "kl": KLControl(kl_coef=0.3),
         "gae": GAE(lam=0.95, whitening="none"),
         "policy_loss": PolicyLoss(clip=0.2),
-        "value": ValueLoss(vf_coef=1.0, value_clip=0.2, critic_lr_factor=0.5),
+        "value": ValueLoss(vf_coef=0.1, value_clip=0.2, critic_lr_factor=0.5),
         "rollouts": Rollouts(generations=1, inner_epochs=1, sampling=Sampling(temperature=0.0, max_new_tokens=512)),
     }
     return PPO(**{**settings, **changes})

@@ -201,6 +201,8 @@ class ICN:
             ValueError: fewer first tokens than n; a prompt too long.
         """
         how = sampling or Sampling(temperature=0.0)
+        if n < 1:
+            raise ValueError(f"n={n}: ask for 1 answer or more")
         out = []
         for i, prompt in enumerate(prompts):
             initial = self.context(lm, prompt, (), how.max_new_tokens)

@@ -1,0 +1,144 @@
+"""Does a tokenizer's cut of a word cause errors about its letters? Two models from scratch, one of letters, one of BPE.
+
+Words of 4 to 10 letters (PERTOKEN_DATA's word list), 1,000 held out. Both models are the same small Llama and read the
+same 60,000 rows "c in word=i", the place of the first c, counted from 0; one reads letters, the other a byte-level
+BPE of 2,048 tokens. Judged by the likeliest of 0..L-1, with its newline, on held-out words.
+
+Bound: the letters' accuracy is at least 15 points above BPE's, and for BPE the logistic slope of correctness on the
+length of the token that holds the asked place (beside that place) is negative, its 95 % interval below 0.
+
+    python examples/charbench.py           both models (about four minutes)
+    python examples/charbench.py --full    SmolLM2 on CharBench's own questions, 25 a task and length
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from pertoken.bench.charbench import TASKS, CharBench, analyse, buckets, features, grade, logistic_slope, report
+from pertoken.core.lm import LM, load
+from pertoken.results import save_result
+from pertoken.worlds import _tiny_lm
+
+ROWS, HELD = 60_000, 1000
+SHAPE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of the example."""
+
+    seed: int = 1
+    full: bool = False
+    """SmolLM2 by log-likelihood on CharBench's own questions, and no bound."""
+    save: bool = False
+    """Write results/charbench.json."""
+
+
+def words() -> list[str]:
+    """Words of 4 to 10 letters.
+
+    Raises:
+        ValueError: PERTOKEN_DATA is not set.
+    """
+    folder = os.environ.get("PERTOKEN_DATA")
+    if not folder:
+        raise ValueError("set PERTOKEN_DATA to the folder that holds corpora/words_en.txt.gz")
+    with gzip.open(Path(folder) / "corpora" / "words_en.txt.gz", "rt", encoding="utf8") as lines:
+        return [w for some in buckets(lines.read().split()).values() for w in some]
+
+
+def tokenizer(some: list[str], vocabulary: int) -> Any:
+    """A byte-level BPE; with no room for a merge, one of letters. <pad>, <bos>, <eos> are 0, 1, 2."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    specials, alphabet = ["<pad>", "<bos>", "<eos>"], pre_tokenizers.ByteLevel.alphabet()
+    how: dict[str, Any] = {"special_tokens": specials, "initial_alphabet": sorted(alphabet), "show_progress": False}
+    core.train_from_iterator((f"a in {w}=3" for w in some), trainers.BpeTrainer(vocab_size=vocabulary, **how))
+    named = dict(zip(("pad_token", "bos_token", "eos_token"), specials, strict=True))
+    return PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=64, **named)
+
+
+def trained(cut: Any, rows: list[str], seed: int, name: str) -> LM:
+    """The model after one pass over the rows."""
+    ids = [[1, *cut.encode(row), 2] for row in rows]
+    shape = {**SHAPE, "num_key_value_heads": 4, "vocab_size": len(cut), "max_position_embeddings": 64}
+    how: dict[str, Any] = {"size": shape, "batch": 64, "learning_rate": 3e-3, "seed": seed, "description": name}
+    return LM(_tiny_lm.fit(ids, **how), cut, template="plain", name=name)
+
+
+def smollm2() -> None:
+    """CharBench on a real model, and what its tokenizer has to do with it."""
+    bench = CharBench(per_cell=25)
+    questions, told = bench.items(words())
+    print("\n".join(told))
+    lm = load("smollm2")
+    graded = grade(questions, bench.choose(lm, questions))
+    found = analyse(graded, [features(q, lm.tokenizer) for q in questions])
+    for task, figures in report(graded).items():
+        r = found.get(task, {}).get("pearson", {})
+        print(f"{task:<28}accuracy {figures['accuracy']:.3f}   " + "  ".join(f"{k} {v:+.2f}" for k, v in r.items()))
+
+
+def main(options: Options) -> None:
+    """Run it and print the table."""
+    if options.full:
+        return smollm2()
+    every = words()
+    rng = np.random.default_rng(options.seed)
+    order = rng.permutation(len(every))
+    held, seen = [every[i] for i in order[:HELD]], [every[i] for i in order[HELD:]]
+    asked = [(w, str(rng.choice(list(w)))) for w in (seen[i] for i in rng.integers(0, len(seen), ROWS))]
+    rows = [f"{c} in {w}={w.index(c)}\n" for w, c in asked]
+    given = {n: [w for w in held if len(w) == n] for n in range(4, 11)}
+    bench = CharBench(seed=options.seed, tasks=(TASKS[2],))
+    questions, _ = bench.items({n: some * 4 for n, some in given.items()})  # every word is asked for its first c
+    prompts = [f"{q.character} in {q.word}=" for q in questions]
+    accuracy, graded, cuts = {}, {}, {}
+    for name, vocabulary in (("letters", 259), ("BPE", 2048)):
+        cut = tokenizer(seen, vocabulary)
+        lm = trained(cut, rows, options.seed, name)
+        graded[name] = grade(questions, bench.choose(lm, questions, prompts))
+        accuracy[name] = report(graded[name])["all"]["accuracy"]
+        cuts[name] = [features(q, cut) for q in questions]
+        tokens = np.mean([c.number_of_tokens for c in cuts[name]])
+        print(f"{name:<10}accuracy {accuracy[name]:.3f} on {len(questions)} held-out words, {tokens:.2f} tokens a word")
+    x = [float(c.target_token_length or 0) for c in cuts["BPE"]]
+    place = [float(q.answer) for q in questions]
+    slope, low, high = logistic_slope(x, [g.correct for g in graded["BPE"]], [place])
+    gain = 100 * (accuracy["letters"] - accuracy["BPE"])
+    error = 196 * float(np.sqrt(sum(a * (1 - a) for a in accuracy.values()) / len(questions)))
+    print(f"letters {gain:+.1f} +- {error:.1f} points above BPE")
+    print(f"slope on token length {slope:.3f} [{low:.3f}, {high:.3f}]")
+    reached = bool(gain >= 15 and high < 0)
+    print("reached" if reached else "MISSED")
+    if options.save:
+        save_result(
+            "charbench",
+            metric="find_first accuracy on held-out words, letters less BPE (points)",
+            value=gain,
+            interval=(gain - error, gain + error),
+            baseline="the same model on BPE tokens (%)",
+            baseline_value=100 * accuracy["BPE"],
+            bound="at least 15 points, and a negative slope on target_token_length with its interval below 0",
+            reached=reached,
+            world=f"3 layers x 128, {ROWS} rows, {len(questions)} held-out words",
+            seeds=[options.seed],
+            notes=f"slope {slope:.3f} [{low:.3f}, {high:.3f}] beside the asked place; interval of the gain: binomial",
+            rows=[{"metric": f"accuracy, {name}", "value": value} for name, value in accuracy.items()],
+        )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

@@ -1,0 +1,1 @@
+"""The room of benchmarks: questions, exact grading, and what the grades depend on."""

@@ -1,0 +1,1 @@
+"""The room of tokenization: what the tokens are, changed on ids alone."""
