@@ -1,13 +1,13 @@
-"""The spelling world: short codes and long spellings; some of what a model is unsure of cannot be wrong.
+"""The spelling world: write out an inflected word letter by letter. Answers vary in length, and much of what a model is
+unsure of cannot be wrong.
 
-    w41 f7 =    u n k a ' r u - t e s      spelling: prefix un-, word ka|ru|te, suffix -s
-    w41 c5 =    k q                        code: two arbitrary letters that belong to the word, chosen by the form
+    w41 f7 =    u n k a ' r u - t e s      prefix un-, word ka|ru|te, suffix -s
 
-A lexicon of `WORDS` made-up words of one to six syllables, each with four arbitrary letters; 24 forms (a prefix and a
-suffix each) and 12 codes (two of the letters). Between the syllables of a word may stand an apostrophe, a hyphen or
-nothing: the corpus has each a third of the time, so that a language model is unsure at every boundary of a long word
-and right whatever it writes (`right`). A code is short, and can only be known. What is asked of a trained model is a
-word in a form in which the corpus never has it: a hash of the prompt decides. One token a word, form or letter.
+A lexicon of `WORDS` made-up words of one to six syllables, and 24 forms (a prefix and a suffix each). Every other word
+is *loose*: between its syllables may stand one of `MARKS`, each as often in the corpus, so that a language
+model is unsure at every boundary of it and right whatever it writes (`right`); the others have no marks. What can be
+wrong are the letters of words that the corpus seldom has. What is asked of a trained model is a word in a form in which
+the corpus never has it: a hash of the prompt decides. One token a word, form or letter.
 """
 
 from __future__ import annotations
@@ -29,103 +29,86 @@ SYLLABLES = 6
 """Of the longest word."""
 PREFIXES = ("", "un", "over", "semi")
 SUFFIXES = ("", "s", "ing", "ful", "less", "ation")
-MARKS = ("", "'", "-")
-SPELLINGS = tuple(f"f{i}" for i in range(len(PREFIXES) * len(SUFFIXES)))
-PAIRS = tuple((a, b) for a in range(4) for b in range(4) if a != b)
-CODES = tuple(f"c{i}" for i in range(len(PAIRS)))
-LETTERS = "abcdefghijklmnopqrstuvwxyz'-"
+MARKS = ("", "'", "-", ".")
+"""Between two syllables of a loose word."""
+FORMS = len(PREFIXES) * len(SUFFIXES)
+LETTERS = "abcdefghijklmnopqrstuvwxyz'-."
 CONTEXT = 40
 LONGEST = 32  # tokens of an answer, <eos> included
 COMMON = 20.0
 """The word of rank r is in the corpus in proportion to 1 / (r + COMMON)."""
 HELD_OUT = 0.25
 """Share of all prompts that no corpus has."""
-CODE_SHARE = 1 / 3
-"""Share of codes among the tasks, in the corpus and out of it."""
-VOCABULARY = (*SPECIAL, *LETTERS, "=", *(f"w{i}" for i in range(WORDS)), *SPELLINGS, *CODES)
+VOCABULARY = (*SPECIAL, *LETTERS, "=", *(f"w{i}" for i in range(WORDS)), *(f"f{i}" for i in range(FORMS)))
 STEPS, BATCH, LEARNING_RATE = 600, 64, 3e-3
 
 
 class Task(NamedTuple):
-    """A prompt, and the parts of its answer: prefix, syllables, suffix; a code is one syllable."""
+    """A prompt, the parts of its answer (prefix, syllables, suffix), and whether the word is loose."""
 
     prompt: str
     parts: tuple[str, tuple[str, ...], str]
+    loose: bool
 
     @property
     def answer(self) -> str:
         """Without marks."""
         return self.parts[0] + "".join(self.parts[1]) + self.parts[2]
 
-    @property
-    def kind(self) -> str:
-        """``code`` or ``spelling``."""
-        return "code" if self.prompt.split()[1][0] == "c" else "spelling"
-
 
 @functools.cache
-def lexicon() -> tuple[tuple[tuple[str, ...], str], ...]:
-    """The syllables and the four letters of each word, from the most frequent word to the rarest; all words differ."""
+def lexicon() -> tuple[tuple[str, ...], ...]:
+    """The syllables of each word, from the most frequent word to the rarest; all words differ. Odd ones are loose."""
     rng, found = np.random.default_rng(41), {}
     while len(found) < WORDS:
         n = int(rng.integers(1, SYLLABLES + 1))
         word = tuple("bdfgklmnprstvz"[rng.integers(14)] + "aeiou"[rng.integers(5)] for _ in range(n))
-        own = "".join(LETTERS[i] for i in rng.integers(0, 26, 4))
-        found.setdefault("".join(word), (word, own))
+        found.setdefault("".join(word), word)
     return tuple(found.values())
 
 
-def task(word: int, form: str) -> Task:
+def task(word: int, form: int) -> Task:
     """A word in a form."""
-    syllables, own = lexicon()[word]
-    number, prompt = int(form[1:]), f"w{word} {form} ="
-    if form in CODES:
-        return Task(prompt, ("", ("".join(own[i] for i in PAIRS[number]),), ""))
-    return Task(prompt, (PREFIXES[number % len(PREFIXES)], syllables, SUFFIXES[number // len(PREFIXES)]))
+    prefix, suffix = PREFIXES[form % len(PREFIXES)], SUFFIXES[form // len(PREFIXES)]
+    return Task(f"w{word} f{form} =", (prefix, lexicon()[word], suffix), word % 2 == 1)
 
 
 @functools.cache
-def split(held_out: bool) -> dict[str, tuple[tuple[int, str], ...]]:
-    """All words and forms on a side, by kind, in the order of a hash."""
-    out = {}
-    for kind, forms in (("code", CODES), ("spelling", SPELLINGS)):
-        listed = []
-        for word, form in ((word, form) for word in range(WORDS) for form in forms):
-            digest = hashlib.sha256(f"{word}/{form}".encode()).digest()
-            if (digest[0] < 256 * HELD_OUT) == held_out:
-                listed.append((digest[1:], (word, form)))
-        out[kind] = tuple(pair for _, pair in sorted(listed))
-    return out
+def split(held_out: bool) -> tuple[tuple[int, int], ...]:
+    """All words and forms on a side, in the order of a hash."""
+    listed = []
+    for word, form in ((word, form) for word in range(WORDS) for form in range(FORMS)):
+        digest = hashlib.sha256(f"{word}/{form}".encode()).digest()
+        if (digest[0] < 256 * HELD_OUT) == held_out:
+            listed.append((digest[1:], (word, form)))
+    return tuple(pair for _, pair in sorted(listed))
 
 
 def tasks(n: int, seed: int) -> list[Task]:
-    """n different tasks that no corpus has, every word as likely, a share `CODE_SHARE` of them codes.
+    """n different tasks that no corpus has, every word as likely.
 
     Raises:
         ValueError: there are not so many.
     """
-    rng, out = np.random.default_rng((seed, 7)), []
-    for kind, many in (("code", round(n * CODE_SHARE)), ("spelling", n - round(n * CODE_SHARE))):
-        held_out = split(True)[kind]
-        if many > len(held_out):
-            raise ValueError(f"{many} tasks of kind {kind}: no corpus lacks more than {len(held_out)}")
-        out += [task(*held_out[i]) for i in rng.permutation(len(held_out))[:many]]
-    return [out[i] for i in rng.permutation(n)]
+    held_out = split(True)
+    if n > len(held_out):
+        raise ValueError(f"{n} tasks: no corpus lacks more than {len(held_out)}")
+    return [task(*held_out[i]) for i in np.random.default_rng((seed, 7)).permutation(len(held_out))[:n]]
 
 
 def written(asked: Task, rng: np.random.Generator) -> str:
-    """One of the right answers: any mark, or none, at each boundary of syllables."""
+    """One of the right answers: any mark, or none, at each boundary of syllables of a loose word."""
     prefix, syllables, suffix = asked.parts
-    marks = rng.integers(0, len(MARKS), len(syllables) - 1)
+    marks = rng.integers(0, len(MARKS), len(syllables) - 1) * asked.loose
     return prefix + syllables[0] + "".join(MARKS[m] + s for m, s in zip(marks, syllables[1:])) + suffix
 
 
 def right(asked: Task, text: str) -> float:
-    """1.0 if the letters are right and marks stand, one at a time, at boundaries of the word's syllables alone."""
+    """1.0 if the letters are right, and marks stand, one at a time, at boundaries of a loose word's syllables alone."""
     said = "".join(text.split())
     prefix, syllables, suffix = asked.parts
     for k, syllable in enumerate((prefix + syllables[0], *syllables[1:])):
-        said = said[1:] if k and said[:1] in ("'", "-") else said
+        said = said[1:] if k and asked.loose and said[:1] in MARKS[1:] else said
         if not said.startswith(syllable):
             return 0.0
         said = said.removeprefix(syllable)
@@ -145,16 +128,11 @@ def tokenizer() -> Any:
 
 def corpus(n: int, seed: int) -> list[list[str]]:
     """n rows of words: prompt and one of its right answers, frequent words more often."""
-    rng = np.random.default_rng(seed)
-    codes = rng.random(n) < CODE_SHARE
-    drawn = {}
-    for kind, pairs in split(False).items():
-        weight = np.array([1 / (word + COMMON) for word, _ in pairs])
-        drawn[kind] = rng.choice(len(pairs), n, p=weight / weight.sum())
+    rng, pairs = np.random.default_rng(seed), split(False)
+    weight = np.array([1 / (word + COMMON) for word, _ in pairs])
     rows = []
-    for i in range(n):
-        kind = "code" if codes[i] else "spelling"
-        asked = task(*split(False)[kind][drawn[kind][i]])
+    for i in rng.choice(len(pairs), n, p=weight / weight.sum()):
+        asked = task(*pairs[i])
         rows.append([*asked.prompt.split(), *written(asked, rng)])
     return rows
 
@@ -185,7 +163,7 @@ def train_lm(
             size={
                 "vocab_size": len(id_of),
                 "max_position_embeddings": CONTEXT,
-                "intermediate_size": 3 * hidden,
+                "intermediate_size": 4 * hidden,
                 **size,
             },
             batch=batch,
@@ -197,5 +175,5 @@ def train_lm(
         model.save_pretrained(path)
         tokenizer().save_pretrained(path)
 
-    settings = [VOCABULARY, size, steps, batch, learning_rate, seed, HELD_OUT, COMMON, CODE_SHARE, CODE_VERSION]
+    settings = [VOCABULARY, size, steps, batch, learning_rate, seed, HELD_OUT, COMMON, CODE_VERSION]
     return cached_folder("spelling", settings, build, folder)
