@@ -1,14 +1,18 @@
 """LM cascades' acceptance figure: do quantiles of token log-probs say better when to call a large model than their sum?
 
 World: spelling. Two language models trained from scratch write inflected words letter by letter, of 2 to some 30
-letters; an apostrophe may stand between syllables, so that long answers are full of uncertain tokens that cannot be
-wrong. Quality is 1 for a right spelling. Of 2500 prompts that no corpus has, 1000 are learned from (rules, never the
-models), 500 choose a quantile and a threshold, 1000 are the test. Everything is greedy; each seed trains its own pair.
+letters; between the syllables of half of the words anything may stand, so that they are full of uncertain tokens that
+cannot be wrong. Quality is 1 for a right spelling. Of 2400 prompts that no corpus has, 1000 are learned from (rules,
+never the models), 400 choose a quantile and a threshold, 1000 are the test. Everything is greedy. There is one large
+model; each seed has its own small model and its own split of the prompts.
 
 The learned quantile rule is the MLP on d = q2 - q1, min-max, chosen before anything was measured. Beside it: what the
 specification names (entropy, greatest probability and margin in place of log-probs; logistic regression; rank targets;
-is-M1-wrong alone; embeddings). The world's sizes were chosen on a seed that is not measured (11), by the qualities of
-the two models.
+is-M1-wrong alone; embeddings). The world and the models' sizes were chosen on a seed that is not measured (11), by the
+qualities of the two models and by how well Chow-Sum and Chow-Average tell M1's errors.
+
+What was learned: where every uncertain token can be wrong, the sum is nearly the probability of an error, and nothing
+is left to learn (in a first version of this world the oracle itself was less than 2 points above Chow-Sum).
 
     python examples/lm_cascades.py          three seeds
     python examples/lm_cascades.py --full   2 and 8 layers, trained longer
@@ -43,9 +47,11 @@ from pertoken.generate.lm_cascades import (
 from pertoken.results import save_result
 from pertoken.worlds import spelling
 
-TRAIN, CALIBRATION, TEST = 1000, 500, 1000
+TRAIN, CALIBRATION, TEST = 1000, 400, 1000
 GREEDY = Sampling(max_new_tokens=spelling.LONGEST, temperature=0.0)
 BUDGET = 0.3
+DEVELOPMENT = 11
+"""The seed on which the world was made, and that of the large model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +67,11 @@ class Options:
 
 def pair(seed: int, full: bool) -> tuple[LM, LM]:
     """M1 and M2."""
-    small = {"layers": 2, "hidden": 64, "steps": 500, "batch": 64}
-    large = {"layers": 3, "hidden": 96, "steps": 600, "batch": 64}
+    small = {"layers": 2, "hidden": 64, "steps": 600, "batch": 64}
+    large = {"layers": 3, "hidden": 96, "steps": 800, "batch": 64}
     if full:
         large = {"layers": 8, "hidden": 128, "steps": 2000, "batch": 64, "learning_rate": 1e-3}
-    return load(str(spelling.train_lm(seed=seed, **small))), load(str(spelling.train_lm(seed=seed, **large)))
+    return load(str(spelling.train_lm(seed=seed, **small))), load(str(spelling.train_lm(seed=DEVELOPMENT, **large)))
 
 
 def answered(lm: LM, asked: list[spelling.Task]) -> tuple[list[Trace], np.ndarray]:
