@@ -12,7 +12,10 @@ is-M1-wrong alone; embeddings). The world and the models' sizes were chosen on a
 qualities of the two models and by how well Chow-Sum and Chow-Average tell M1's errors.
 
 What was learned: where every uncertain token can be wrong, the sum is nearly the probability of an error, and nothing
-is left to learn (in a first version of this world the oracle itself was less than 2 points above Chow-Sum).
+is left to learn (in a first version of this world the oracle itself was less than 2 points above Chow-Sum). And areas
+differ by no more than f (1 - f) / 2, f the share of prompts on which M2 alone is right: with small models trained for
+600 steps (right on 0.63, seeds 1, 2, 3) the learned rule was 1.99 points above Chow-Sum and 1.84 above Chow-Average, a
+miss. 500 steps leave more to defer; that is measured on seeds that were not seen before.
 
     python examples/lm_cascades.py          three seeds
     python examples/lm_cascades.py --full   2 and 8 layers, trained longer
@@ -58,7 +61,7 @@ DEVELOPMENT = 11
 class Options:
     """Options of the example."""
 
-    seeds: tuple[int, ...] = (1, 2, 3)
+    seeds: tuple[int, ...] = (4, 5, 6)
     full: bool = False
     """2 and 8 layers, trained longer."""
     save: bool = False
@@ -67,7 +70,7 @@ class Options:
 
 def pair(seed: int, full: bool) -> tuple[LM, LM]:
     """M1 and M2."""
-    small = {"layers": 2, "hidden": 64, "steps": 600, "batch": 64}
+    small = {"layers": 2, "hidden": 64, "steps": 500, "batch": 64}
     large = {"layers": 3, "hidden": 96, "steps": 800, "batch": 64}
     if full:
         large = {"layers": 8, "hidden": 128, "steps": 2000, "batch": 64, "learning_rate": 1e-3}
