@@ -7,7 +7,7 @@ import torch
 from pertoken.core import signals
 from pertoken.core.cache import ArrayCache
 from pertoken.core.lm import LM
-from pertoken.core.signals import token_signals
+from pertoken.core.signals import prompt_states, token_signals
 from tests import tiny
 
 
@@ -64,3 +64,22 @@ def test_refusals(tmp_path):
         token_signals(lm, [lm.trace_of_ids([5] * 250, [6] * 7)])
     with pytest.raises(ValueError, match="entropie"):
         token_signals(lm, [lm.trace("a", "b")], ("entropie",), cache=ArrayCache(tmp_path))
+
+
+def test_prompt_states_are_those_of_the_whole_forward():
+    lm = tiny.lm(layers=3)
+    prompts = ["the plot", lm.encode_prompt("a film, a score and an acting"), "naive"]
+    for layer in (1, 2):
+        found = prompt_states(lm, prompts, layer, batch=2)
+        for prompt, state in zip(prompts, found, strict=True):
+            ids = prompt if isinstance(prompt, tuple) else lm.encode_prompt(prompt)
+            with torch.no_grad():
+                said = lm.causal(torch.tensor([ids]), output_hidden_states=True).hidden_states[layer][0, -1]
+            np.testing.assert_allclose(state, said, atol=1e-5)
+    assert not any(module._forward_pre_hooks for module in lm.causal.modules())
+    assert prompt_states(lm, [], 1).shape == (0, 0)
+    for layer in (0, 3):
+        with pytest.raises(ValueError, match="from 1 to 2"):
+            prompt_states(lm, prompts, layer)
+    with pytest.raises(ValueError, match="more than the 256"):
+        prompt_states(lm, [(5,) * 257], 1)
