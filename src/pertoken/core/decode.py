@@ -288,6 +288,7 @@ def decode(
     base: Callable[[Any], Tensor | None] | None = None,
     batch: int = 64,
     meta: Mapping[str, Any] | None = None,
+    draws: Sequence[Sequence[np.random.Generator]] | None = None,
 ) -> list[list[Trace]]:
     """Draw from a guide, left to right.
 
@@ -297,6 +298,8 @@ def decode(
         base: state -> what the base model said last, (N, V) log-probs, for ``policy_logps``; default: a `Product`'s
             first guide if it is used, else what the guide said.
         batch: sequences computed together. meta: put into each trace's ``sampling``.
+        draws: n generators a prompt, where a prompt has another place for whoever asked than it has here; default:
+            `generators` of the seed and the place.
 
     Returns:
         n traces a prompt.
@@ -314,11 +317,11 @@ def decode(
     for start in range(0, len(order), together):
         part = order[start : start + together]
         state = guide.start([prompts[i] for i in part for _ in range(n)])
-        draws = [g for i in part for g in generators(seed, i, n)]
-        rows, last = np.arange(len(draws)), None
-        tokens: list[list[int]] = [[] for _ in draws]
-        logps: list[tuple[list[float], list[float]]] = [([], []) for _ in draws]
-        ended = [False] * len(draws)
+        chance = [g for i in part for g in (draws[i] if draws is not None else generators(seed, i, n))]
+        rows, last = np.arange(len(chance)), None
+        tokens: list[list[int]] = [[] for _ in chance]
+        logps: list[tuple[list[float], list[float]]] = [([], []) for _ in chance]
+        ended = [False] * len(chance)
         while len(rows):
             logw = guide.step(state, last)
             logits = logw.log_softmax(-1)
@@ -328,7 +331,7 @@ def decode(
             if len(tokens[rows[0]]) < sampling.min_new_tokens:
                 logits = logits.index_fill(-1, torch.tensor(stops, dtype=torch.long, device=logits.device), -torch.inf)
             drawn = sampling.logps(logits)
-            uniform = torch.tensor([draws[r].random() for r in rows], dtype=torch.float64, device=drawn.device)
+            uniform = torch.tensor([chance[r].random() for r in rows], dtype=torch.float64, device=drawn.device)
             token = inverse_cdf(drawn, uniform)
             record = torch.stack([x.gather(1, token[:, None])[:, 0].double() for x in (drawn, policy)]).cpu().numpy()
             if not np.isfinite(record[0]).all():
@@ -351,7 +354,7 @@ def decode(
                 guide.reorder(state, kept)
             rows, last = rows[keep], token[kept]
         how = dataclasses.asdict(sampling) | {"model": lm.name, "seed": seed} | dict(meta or {})
-        for row in range(len(draws)):
+        for row in range(len(chance)):
             i = part[row // n]
             asked = {} if isinstance(prompts[i], tuple) and isinstance(prompts[i][0], int) else {"prompt": prompts[i]}
             out[i].append(
