@@ -127,6 +127,7 @@ class LMGuide:
     def step(self, state: _Sequences, last_ids: Tensor | None) -> Tensor:
         """Log-probs (N, V)."""
         if last_ids is not None:
+            last_ids = last_ids.to(self.lm.device)
             with self._running() as causal:
                 state.attention = torch.cat([state.attention, state.attention.new_ones(len(last_ids), 1)], 1)
                 hidden = causal.base_model(
@@ -143,6 +144,7 @@ class LMGuide:
 
     def reorder(self, state: _Sequences, index: Tensor) -> None:
         """Select rows of the cache."""
+        index = index.to(state.attention.device)
         if len(index) == len(state.attention) and bool((index == torch.arange(len(index), device=index.device)).all()):
             return
         state.cache.batch_select_indices(index)
@@ -157,6 +159,19 @@ class LMGuide:
             stack.enter_context(evaluating(causal))
             stack.enter_context(decoding(causal))
             yield causal
+
+
+def weighted(said: Sequence[Tensor], powers: Sequence[float | Tensor]) -> Tensor:
+    """sum_k alpha_k log p_k of log-weights (N, V): not normalised, float32 or better. A power is a number, or one a row
+    (N,). What has weight 0 in one guide has none, whatever the power; but a power of 0 leaves a guide out."""
+    total = torch.zeros_like(said[0], dtype=torch.promote_types(said[0].dtype, torch.float32))
+    impossible = torch.zeros_like(total, dtype=torch.bool)
+    for logw, power in zip(said, powers, strict=True):
+        alpha = torch.as_tensor(power, dtype=total.dtype, device=total.device)
+        alpha = alpha[:, None] if alpha.ndim else alpha
+        total = total + torch.where(alpha == 0, 0.0, alpha * logw)
+        impossible |= (logw == -torch.inf) & (alpha != 0)
+    return total.masked_fill(impossible, -torch.inf)
 
 
 @dataclass
@@ -203,11 +218,7 @@ class Product:
         state.said = [g.step(s, last_ids)[:, :v] for (g, _), s in zip(used, state.states, strict=True)]
         if not used:
             raise ValueError("all powers are 0, so nothing says what comes next; give one guide a power")
-        total = torch.zeros_like(state.said[0], dtype=torch.promote_types(state.said[0].dtype, torch.float32))
-        for (_, power), said in zip(used, state.said, strict=True):
-            total = total + (said if power == 1 else power * said)
-        impossible = torch.stack([said == -torch.inf for said in state.said]).any(0)
-        return total.masked_fill(impossible, -torch.inf)
+        return weighted(state.said, [power for _, power in used])
 
     def reorder(self, state: _Parts, index: Tensor) -> None:
         """All of them."""
@@ -288,6 +299,8 @@ def decode(
     base: Callable[[Any], Tensor | None] | None = None,
     batch: int = 64,
     meta: Mapping[str, Any] | None = None,
+    requests: Sequence[Any] | None = None,
+    each: Callable[[Any, Tensor, list[tuple[int, int]]], None] | None = None,
 ) -> list[list[Trace]]:
     """Draw from a guide, left to right.
 
@@ -297,6 +310,8 @@ def decode(
         base: state -> what the base model said last, (N, V) log-probs, for ``policy_logps``; default: a `Product`'s
             first guide if it is used, else what the guide said.
         batch: sequences computed together. meta: put into each trace's ``sampling``.
+        requests: what the guide starts from, one a prompt, where it is more than the prompt (weights of its own).
+        each: told of each step: the guide's state, the ids drawn (N,), and (prompt, sample) of each row.
 
     Returns:
         n traces a prompt.
@@ -307,13 +322,13 @@ def decode(
     sampling = sampling or Sampling()
     if n < 1 or batch < 1:
         raise ValueError(f"n={n}, batch={batch}: give 1 or more")
-    ids = [LMGuide(lm=lm).ids(p) for p in prompts]
+    ids, asked_of = [LMGuide(lm=lm).ids(p) for p in prompts], prompts if requests is None else requests
     out: list[list[Trace]] = [[] for _ in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     together = max(1, batch // n)
     for start in range(0, len(order), together):
         part = order[start : start + together]
-        state = guide.start([prompts[i] for i in part for _ in range(n)])
+        state = guide.start([asked_of[i] for i in part for _ in range(n)])
         draws = [g for i in part for g in generators(seed, i, n)]
         rows, last = np.arange(len(draws)), None
         tokens: list[list[int]] = [[] for _ in draws]
@@ -330,6 +345,8 @@ def decode(
             drawn = sampling.logps(logits)
             uniform = torch.tensor([draws[r].random() for r in rows], dtype=torch.float64, device=drawn.device)
             token = inverse_cdf(drawn, uniform)
+            if each:
+                each(state, token, [(part[r // n], int(r % n)) for r in rows])
             record = torch.stack([x.gather(1, token[:, None])[:, 0].double() for x in (drawn, policy)]).cpu().numpy()
             if not np.isfinite(record[0]).all():
                 row = int(rows[~np.isfinite(record[0])][0])
