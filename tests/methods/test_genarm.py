@@ -310,6 +310,12 @@ def test_a_narrow_head_beside_requests_that_do_not_weigh_it():
     assert max(max(d.trace.completion_ids) for d in free) >= 318 > max(max(d.trace.completion_ids) for d in guided)
     alone = GenARM(arms=arm, alpha=(0.0,)).generate(BASE, PROMPTS, n=30, sampling=how)[0]
     assert ids_of([free]) == ids_of([alone])
+    short = LM(GPT2LMHeadModel(_config(positions=22)).double().eval(), tiny.tokenizer())  # nor can it read this prompt
+    asked = ["a plot " * 9, PROMPTS[0]]
+    assert len(BASE.encode_prompt(asked[0])) > 22
+    mixed = GenARM(arms=short, per_prompt=(0.0, 1.0)).generate(BASE, asked, sampling=LONG)
+    check(mixed[0][0].trace, (), ())
+    check(mixed[1][0].trace, (short,), (1.0,))
 
 
 def test_one_set_of_weights_with_and_without_an_adapter():

@@ -74,10 +74,13 @@ class RewardGuide:
 
     def start(self, prompts: Sequence[tuple[Any, Sequence[float]]]) -> _State:
         """States; a reward that no sequence weighs is left out."""
-        asked = [p for p, _ in prompts]
         alpha_NK = torch.tensor([list(alpha) for _, alpha in prompts], dtype=torch.float64)
         used = [k for k in range(len(self.arms)) if bool((alpha_NK[:, k] != 0).any())]
-        return _State(used, [g.start(asked) for g in (self.base, *(self.arms[k] for k in used))], alpha_NK)
+        states = [self.base.start([p for p, _ in prompts])]
+        for k in used:  # a row that does not weigh it has a prompt that it need not be able to read
+            weighed = next(p for p, alpha in prompts if alpha[k])
+            states.append(self.arms[k].start([p if alpha[k] else weighed for p, alpha in prompts]))
+        return _State(used, states, alpha_NK)
 
     def step(self, state: _State, last_ids: Tensor | None) -> Tensor:
         """log pi_base + sum_k alpha_k log pi_k, (N, V), not normalised."""
