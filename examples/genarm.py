@@ -71,6 +71,8 @@ class Options:
     """Updates (default: the world's)."""
     lr: float = 0.0
     """Learning rate of all that is trained (default: the world's)."""
+    prompts: int = 0
+    """Held-out and validation prompts at most (default: the world's)."""
     args: bool = True
     """Measure ARGS, too."""
     out: str = ""
@@ -273,6 +275,10 @@ def one_seed(world: World, seed: int, out: Path, args: bool) -> dict[str, Any]:
     test["dpo"] = figures(world, sampled(twin, world.test, world.each))
     for alpha in ALPHAS:
         test[f"genarm alpha {alpha:g}"] = figures(world, guided(arm, world.test, world.each, alpha))
+    greedy = dataclasses.replace(sampling, temperature=0)
+    test["base, greedy"] = figures(world, [t for (t,) in sample(base, world.test, 1, greedy, batch=256)])
+    drawn = GenARM(arms=arm, batch=256).generate(base, world.test, sampling=greedy)
+    test["genarm, greedy"] = figures(world, [d.trace for (d,) in drawn])
     for n in (4, 16):
         best = BestOfN(candidates=n, scorer=ARMReward(lm=arm))
         drawn = best.generate(base, world.test, n=1, sampling=sampling, seed=seed)
@@ -282,14 +288,10 @@ def one_seed(world: World, seed: int, out: Path, args: bool) -> dict[str, Any]:
         model = world.fit("gpm-reward", objective, pairs, seed, out / "rm")
         judge = GPM(folder=str(out / "rm"), lm=model)
         result["rm_accuracy"] = _accuracy(judge, pairs)
-        rescored = lambda guide, asked, each: [
-            t
-            for some in decode(base, guide, asked, sampling=dataclasses.replace(sampling, temperature=0))
-            for t in some
-        ]
+        rescored = lambda guide, asked, each: [t for some in decode(base, guide, asked, sampling=greedy) for t in some]
         rewards = lambda traces: [c.reduce() for c in judge.score(traces)]
         guide = chosen("args", ARGS_WEIGHTS, lambda w: ARGS(base, rewards, w), rescored)
-        test["args"] = figures(world, rescored(guide, world.test, 1))
+        test["args, greedy"] = figures(world, rescored(guide, world.test, 1))
     result["speed"] = speed(world, arm)
     result["seconds"] = time.perf_counter() - began
     write_json(out / "figures.json", result)
@@ -322,12 +324,15 @@ def speed(world: World, arm: LM, rounds: int = 5) -> dict[str, float]:
 
 def main(options: Options) -> None:
     """Run it and print the table."""
-    if options.save and (options.full or options.pairs or options.steps or options.lr or not options.args):
+    changed = options.full or options.pairs or options.steps or options.lr or options.prompts or not options.args
+    if options.save and changed:
         raise ValueError("the saved figure is that of the small world as it stands; leave the other options out")
     out = Path(options.out or tempfile.mkdtemp(prefix="genarm-"))
     world = film_world() if options.full else small_world()
     changes = {k: v for k, v in {"steps": options.steps, "lr": options.lr}.items() if v}
     world.config, world.pairs = dataclasses.replace(world.config, **changes), options.pairs or world.pairs
+    if options.prompts:
+        world.validation, world.test = world.validation[: options.prompts], world.test[: options.prompts]
     results = []
     for seed in options.seeds:
         results.append(one_seed(world, seed, out / f"seed-{seed}", options.args))
