@@ -18,6 +18,7 @@ from pertoken.core.rollout import Sampling
 from tests import tiny
 
 MADE: dict[str, Callable[[LM, Any], Any]] = {
+    "genarm": lambda lm, kind: kind(arms=tiny.lm(1, dtype=torch.float32), alpha=(0.7,)),
     "best-of-n": lambda lm, kind: kind(candidates=3, scorer=lambda text: float(text.count("e"))),
     "lm-cascades": lambda lm, kind: kind(large=tiny.lm(1, dtype=torch.float32), threshold=4.0),
 }

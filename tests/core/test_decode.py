@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from pertoken.core.decode import LMGuide, Product, decode, generators, guidance
+from pertoken.core.decode import LMGuide, Product, decode, generators, guidance, weighted
 from pertoken.core.lm import LM
 from pertoken.core.rollout import Sampling, sample
 from tests import tiny
@@ -141,3 +141,37 @@ def test_bad_input():
         zero.step(zero.start(["x"]), None)
     with pytest.raises(ValueError, match="positions"):
         LMGuide(lm=lm).ids(tuple(range(3, 3 + lm.context)))
+
+
+def test_a_power_a_row_and_a_power_of_0():
+    inf = math.inf
+    said = [torch.tensor([[-1.0, -inf, -2.0]] * 3), torch.tensor([[-inf, -1.0, -3.0]] * 3)]
+    found = weighted(said, (1.0, torch.tensor([0.0, 2.0, -2.0])))
+    assert found.tolist() == [[-1.0, -inf, -2.0], [-inf, -inf, -8.0], [-inf, -inf, 4.0]]
+    assert weighted([x.bfloat16() for x in said], (1.0, 0.5)).dtype == torch.float32
+
+
+class Asked(Table):
+    """A guide that starts from more than prompts."""
+
+    def start(self, prompts):
+        assert all(isinstance(p, str) and isinstance(a, int) for p, a in prompts)
+        return [a for _, a in prompts]
+
+
+def test_requests_and_what_each_step_tells():
+    lm, seen = tiny.lm(), {}
+
+    def each(state, ids, places):
+        for place, token in zip(places, ids.tolist(), strict=True):
+            seen.setdefault(place, []).append(token)
+
+    guide, prompts = Asked(torch.randn(320, generator=torch.Generator().manual_seed(0)).tolist()), ["the plot", "so?"]
+    guide.step = lambda state, last: guide.logw.expand(len(state) if last is None else len(last), -1)
+    drawn = decode(
+        lm, guide, prompts, n=2, sampling=Sampling(max_new_tokens=40), requests=[("x", 1), ("y", 2)], each=each
+    )
+    assert {place: tuple(ids) for place, ids in seen.items()} == {
+        (i, j): t.completion_ids for i, some in enumerate(drawn) for j, t in enumerate(some)
+    }
+    assert drawn[1][0].meta["prompt"] == "so?"

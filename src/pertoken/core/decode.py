@@ -1,218 +1,27 @@
 """Decoding one token at a time: guides give next-token log-weights, samplers draw from them, traces remember how.
 
-A `Guide` owns its prompt, its temperature and its KV cache, and follows its sequences when rows are dropped, doubled or
-reordered (particles). `LMGuide` is a language model; `Product` multiplies guides, each to its own power:
-
-    log w(v) = sum_k alpha_k log p_k(v | x_k, y_<t)
-
 Draws depend on the seed and on the place of prompt and sample, not on what else is in the batch (as `rollout.sample`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .credit import Credit
-from .head import Head
-from .lm import LM, Prompt, same_vocabulary
-from .packing import evaluating
-from .rollout import Sampling, decoding, inverse_cdf
+from .guides import Guide, LMGuide, Parts, Placed, Product, weighted
+from .lm import LM, Prompt
+from .rollout import Sampling, inverse_cdf
 from .trace import Trace
 
-
-@runtime_checkable
-class Guide(Protocol):
-    """Next-token log-weights of N sequences that grow together."""
-
-    @property
-    def vocabulary(self) -> int:
-        """V: ids below it have a weight."""
-        ...
-
-    def start(self, prompts: Sequence[Any]) -> Any:
-        """State of N sequences that have only their prompts, of text, messages or ids."""
-        ...
-
-    def step(self, state: Any, last_ids: Tensor | None) -> Tensor:
-        """Log-weights (N, V), float32 or better, after the sequences grew by `last_ids` (N,) (None: by nothing, the
-        first time). The state moves on."""
-        ...
-
-    def reorder(self, state: Any, index: Tensor) -> None:
-        """Row i of the state becomes what row ``index[i]`` was; `index` may be shorter, and name a row twice."""
-        ...
-
-
-@dataclass
-class _Sequences:
-    """Rows of a model's cache."""
-
-    cache: Any
-    attention: Tensor
-    position: Tensor
-    logits: Tensor | None
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class LMGuide:
-    """A language model as a guide: its log-probs at a temperature."""
-
-    lm: LM
-    temperature: float = 1.0
-    """Divides its logits."""
-    prompt: Callable[[Any], Any] | None = None
-    """What it reads instead of the prompt that is asked (a template of its own): prompt -> prompt."""
-    system: str | None = None
-    """A system turn put before text prompts."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.temperature < np.inf:
-            raise ValueError(f"temperature={self.temperature} of a guide must be above 0; argmax is the sampler's")
-
-    @property
-    def vocabulary(self) -> int:
-        """Rows of the LM head."""
-        return Head(self.lm.causal).vocabulary
-
-    def ids(self, prompt: Any) -> tuple[int, ...]:
-        """Ids of a prompt as this model reads it.
-
-        Raises:
-            ValueError: it leaves no room for a token.
-        """
-        asked = prompt if self.prompt is None else self.prompt(prompt)
-        if isinstance(asked, tuple) and asked and isinstance(asked[0], int):
-            found = asked
-        else:
-            found = self.lm.encode_prompt(asked, self.system)
-        if len(found) >= self.lm.context:
-            raise ValueError(f"a prompt has {len(found)} of {self.lm.context} positions; cut it from the left")
-        return found
-
-    def start(self, prompts: Sequence[Any]) -> _Sequences:
-        """Prompts are computed once each, however often they occur."""
-        from transformers import DynamicCache
-
-        known = [self.ids(p) for p in prompts]
-        once = list(dict.fromkeys(known))
-        width, device = max(map(len, once)), self.lm.device
-        ids = torch.zeros(len(once), width, dtype=torch.long)
-        attention = torch.zeros(len(once), width, dtype=torch.long)
-        for row, prompt in enumerate(once):
-            ids[row, width - len(prompt) :] = torch.tensor(prompt)
-            attention[row, width - len(prompt) :] = 1
-        ids, attention = ids.to(device), attention.to(device)
-        with self._running() as causal:
-            cache = DynamicCache(config=causal.config)
-            hidden = causal.base_model(
-                input_ids=ids,
-                attention_mask=attention,
-                position_ids=(attention.cumsum(1) - 1).clamp(min=0),
-                cache=cache,
-                use_cache=True,
-            ).last_hidden_state[:, -1]
-            state = _Sequences(cache, attention, attention.sum(1), Head(causal)(hidden))
-        place = {prompt: i for i, prompt in enumerate(once)}
-        self.reorder(state, torch.tensor([place[p] for p in known], device=device))
-        return state
-
-    def step(self, state: _Sequences, last_ids: Tensor | None) -> Tensor:
-        """Log-probs (N, V)."""
-        if last_ids is not None:
-            with self._running() as causal:
-                state.attention = torch.cat([state.attention, state.attention.new_ones(len(last_ids), 1)], 1)
-                hidden = causal.base_model(
-                    input_ids=last_ids[:, None],
-                    attention_mask=state.attention,
-                    position_ids=state.position[:, None],
-                    cache=state.cache,
-                    use_cache=True,
-                ).last_hidden_state[:, -1]
-                state.position = state.position + 1
-                state.logits = Head(causal)(hidden)
-        assert state.logits is not None
-        return (state.logits / self.temperature).log_softmax(-1)
-
-    def reorder(self, state: _Sequences, index: Tensor) -> None:
-        """Select rows of the cache."""
-        if len(index) == len(state.attention) and bool((index == torch.arange(len(index), device=index.device)).all()):
-            return
-        state.cache.batch_select_indices(index)
-        state.attention, state.position = state.attention[index], state.position[index]
-        state.logits = None if state.logits is None else state.logits[index]
-
-    @contextmanager
-    def _running(self) -> Iterator[Any]:
-        with ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            causal = stack.enter_context(self.lm.active())
-            stack.enter_context(evaluating(causal))
-            stack.enter_context(decoding(causal))
-            yield causal
-
-
-@dataclass
-class _Parts:
-    """States of the guides of a product, and what each said last."""
-
-    states: list[Any]
-    said: list[Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class Product:
-    """Several guides, each to its own power. A power of 0 leaves a guide out (it is not even computed).
-
-    Raises:
-        ValueError: no guide; powers that are not finite; language models of different vocabularies.
-    """
-
-    guides: Sequence[Guide]
-    powers: Sequence[float]
-
-    def __post_init__(self) -> None:
-        if not self.guides or len(self.guides) != len(self.powers) or not np.isfinite(self.powers).all():
-            raise ValueError(f"{len(self.guides)} guides with powers {tuple(self.powers)}: give each a finite number")
-        models = [g.lm for g in self.guides if isinstance(g, LMGuide)]
-        for other in models[1:]:
-            same_vocabulary(models[0], other)
-
-    @property
-    def vocabulary(self) -> int:
-        """The ids that all have (a head may be padded to a multiple)."""
-        return min(g.vocabulary for g in self.guides)
-
-    def _used(self) -> list[tuple[Guide, float]]:
-        return [(g, p) for g, p in zip(self.guides, self.powers, strict=True) if p != 0]
-
-    def start(self, prompts: Sequence[Any]) -> _Parts:
-        """States of all that are used."""
-        return _Parts([g.start(prompts) for g, _ in self._used()], [])
-
-    def step(self, state: _Parts, last_ids: Tensor | None) -> Tensor:
-        """Sum of the powers' log-weights, not normalised; what has weight 0 in one guide has none."""
-        used, v = self._used(), self.vocabulary
-        state.said = [g.step(s, last_ids)[:, :v] for (g, _), s in zip(used, state.states, strict=True)]
-        if not used:
-            raise ValueError("all powers are 0, so nothing says what comes next; give one guide a power")
-        total = torch.zeros_like(state.said[0], dtype=torch.promote_types(state.said[0].dtype, torch.float32))
-        for (_, power), said in zip(used, state.said, strict=True):
-            total = total + (said if power == 1 else power * said)
-        impossible = torch.stack([said == -torch.inf for said in state.said]).any(0)
-        return total.masked_fill(impossible, -torch.inf)
-
-    def reorder(self, state: _Parts, index: Tensor) -> None:
-        """All of them."""
-        for (g, _), s in zip(self._used(), state.states, strict=True):
-            g.reorder(s, index)
+__all__ = ["Decoder", "Drawn", "Guide", "LMGuide", "Parts", "Placed", "Product", "Stream", "Streamed", "decode"]
+__all__ += ["generators", "guidance", "weighted"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -289,6 +98,8 @@ def decode(
     batch: int = 64,
     meta: Mapping[str, Any] | None = None,
     draws: Sequence[Sequence[np.random.Generator]] | None = None,
+    requests: Sequence[Any] | None = None,
+    each: Callable[[Any, Tensor, list[tuple[int, int]]], None] | None = None,
 ) -> list[list[Trace]]:
     """Draw from a guide, left to right.
 
@@ -300,6 +111,8 @@ def decode(
         batch: sequences computed together. meta: put into each trace's ``sampling``.
         draws: n generators a prompt, where a prompt has another place for whoever asked than it has here; default:
             `generators` of the seed and the place.
+        requests: what the guide starts from, one a prompt, where it is more than the prompt (weights of its own).
+        each: told of each step: the guide's state, the ids drawn (N,), and (prompt, sample) of each row.
 
     Returns:
         n traces a prompt.
@@ -310,14 +123,16 @@ def decode(
     sampling = sampling or Sampling()
     if n < 1 or batch < 1:
         raise ValueError(f"n={n}, batch={batch}: give 1 or more")
-    ids = [LMGuide(lm=lm).ids(p) for p in prompts]
+    ids, asked_of = [LMGuide(lm=lm).ids(p) for p in prompts], prompts if requests is None else requests
     out: list[list[Trace]] = [[] for _ in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     together = max(1, batch // n)
     for start in range(0, len(order), together):
         part = order[start : start + together]
-        state = guide.start([prompts[i] for i in part for _ in range(n)])
+        state = guide.start([asked_of[i] for i in part for _ in range(n)])
         chance = [g for i in part for g in (draws[i] if draws is not None else generators(seed, i, n))]
+        if isinstance(guide, Placed):
+            guide.placed(state, [(i, k) for i in part for k in range(n)], seed)
         rows, last = np.arange(len(chance)), None
         tokens: list[list[int]] = [[] for _ in chance]
         logps: list[tuple[list[float], list[float]]] = [([], []) for _ in chance]
@@ -333,6 +148,8 @@ def decode(
             drawn = sampling.logps(logits)
             uniform = torch.tensor([chance[r].random() for r in rows], dtype=torch.float64, device=drawn.device)
             token = inverse_cdf(drawn, uniform)
+            if each:
+                each(state, token, [(part[r // n], int(r % n)) for r in rows])
             record = torch.stack([x.gather(1, token[:, None])[:, 0].double() for x in (drawn, policy)]).cpu().numpy()
             if not np.isfinite(record[0]).all():
                 row = int(rows[~np.isfinite(record[0])][0])
@@ -372,7 +189,7 @@ def decode(
 
 
 def _first(state: Any) -> Tensor | None:
-    return state.said[0] if isinstance(state, _Parts) and state.said else None
+    return state.said[0] if isinstance(state, Parts) and state.said else None
 
 
 def guidance(trace: Trace, method: str, version: int = 1) -> Credit:
