@@ -416,6 +416,18 @@ _ROWS = (
         stochastic=True,
     ),
     Method(
+        "spc",
+        "generate",
+        "pertoken.generate.spc:SPC",
+        "Semantic control: candidates weighed by a differentiable verifier's expected verdict on the finished sentence",
+        system="spc",
+        paper="2505.01954",
+        family="decoding",
+        level="token",
+        models=("verifier",),
+        stochastic=True,
+    ),
+    Method(
         "vader",
         "score",
         "pertoken.score.vader:Vader",

@@ -10,6 +10,7 @@ Draws depend on the seed and on the place of prompt and sample, not on what else
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -46,6 +47,16 @@ class Guide(Protocol):
 
     def reorder(self, state: Any, index: Tensor) -> None:
         """Row i of the state becomes what row ``index[i]`` was; `index` may be shorter, and name a row twice."""
+        ...
+
+
+@runtime_checkable
+class Placed(Guide, Protocol):
+    """A guide that draws random numbers of its own (look-ahead), or keeps figures of each sequence."""
+
+    def placed(self, state: Any, places: Sequence[tuple[int, int]], seed: int) -> None:
+        """Told once, after `start`: the prompt and the sample of each row, which with the seed decide its draws
+        (``generators(seed, prompt, n)[sample]``, jumped, so that they are not the draws of the tokens)."""
         ...
 
 
@@ -146,6 +157,14 @@ class LMGuide:
         state.cache.batch_select_indices(index)
         state.attention, state.position = state.attention[index], state.position[index]
         state.logits = None if state.logits is None else state.logits[index]
+
+    def branch(self, state: _Sequences, index: Tensor) -> _Sequences:
+        """A state of its own whose row i is row ``index[i]``; the given one stays as it is (look-ahead)."""
+        cache = copy.copy(state.cache)
+        cache.layers = [copy.copy(layer) for layer in state.cache.layers]  # layers put new tensors in place of old ones
+        cache.batch_select_indices(index)
+        logits = None if state.logits is None else state.logits[index]
+        return _Sequences(cache, state.attention[index], state.position[index], logits)
 
     @contextmanager
     def _running(self) -> Iterator[Any]:
@@ -313,6 +332,8 @@ def decode(
         part = order[start : start + together]
         state = guide.start([prompts[i] for i in part for _ in range(n)])
         draws = [g for i in part for g in generators(seed, i, n)]
+        if isinstance(guide, Placed):
+            guide.placed(state, [(i, k) for i in part for k in range(n)], seed)
         rows, last = np.arange(len(draws)), None
         tokens: list[list[int]] = [[] for _ in draws]
         logps: list[tuple[list[float], list[float]]] = [([], []) for _ in draws]
