@@ -247,7 +247,7 @@ def main(options: Options) -> None:
             seeds=[options.seed],
             notes=f"Over base {over_base:+.1f} [{interval[0]:.1f}, {interval[1]:.1f}], over best of 5 {over_five:+.1f} "
             f"[{interval_five[0]:.1f}, {interval_five[1]:.1f}] points (bootstrap over prompts); perplexity x "
-            f"{ratio:.2f}; {clipped:.3f} of the estimates clipped. Judge: MiniLM logistic regression on the third domain, accuracy "
+            f"{ratio:.2f}; {clipped:.3f} of the estimates clipped. The judge's accuracy on its domain (5 folds): "
             f"{judge.accuracy:.3f}; verifier there {transfer:.3f}.",
             rows=[
                 {

@@ -1,5 +1,6 @@
 """SPC: the arithmetic against enumerations in float64, the guide against brute force on a tiny model."""
 
+import copy
 import itertools
 import math
 import warnings
@@ -7,7 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
+from transformers import BertConfig, BertForMaskedLM
 
 from pertoken.core.lm import LM
 from pertoken.core.rollout import Sampling, sample
@@ -283,13 +284,16 @@ def test_the_answer_alone_is_read():
 # ---- the masked LM
 
 
+def copied(tokenizer):
+    """A tokenizer of its own (those of `tiny` are shared by all tests)."""
+    return copy.deepcopy(tokenizer)
+
+
 def bert(lm, tokenizer=None, seed=0):
     """A random masked LM over the LM's tokens and a mask token."""
     if tokenizer is None:
-        inner = lm.tokenizer.backend_tokenizer
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=type(inner).from_str(inner.to_str()), eos_token="<|end|>", mask_token="<|mask|>"
-        )
+        tokenizer = copied(lm.tokenizer)
+        tokenizer.add_special_tokens({"mask_token": "<|mask|>"})
     config = BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=16,
@@ -359,7 +363,7 @@ def test_sweeps_agree_on_one_position_and_other_kinds_follow_the_refined_sample(
 
 def test_another_tokenizer_is_refused_or_cut_anew():
     lm = tiny.lm()
-    core = tiny.wordpiece()
+    core = copied(tiny.wordpiece())
     core.add_special_tokens({"mask_token": "[MASK]"})
     masked, phi = bert(lm, core), Phi(lm)
     with pytest.raises(ValueError, match="retokenize=True"):
@@ -468,7 +472,7 @@ def test_bad_input():
 
 def lm_of_words():
     """The tiny model under another tokenizer."""
-    words = tiny.wordpiece()
+    words = copied(tiny.wordpiece())
     words.eos_token = "[SEP]"
     return LM(tiny.llama(), words, template="plain")
 
@@ -507,6 +511,14 @@ def test_the_mean_head_by_hand():
     e = lm.causal.get_input_embeddings().weight.detach().numpy()
     w, b = made.out.weight.detach().numpy()[0], made.out.bias.item()
     assert made.log_odds([row])[0] == pytest.approx(e[row].mean(0) @ w / e.std(ddof=1) + b, abs=1e-9)
+
+
+def test_sharpness_multiplies_the_log_odds(tmp_path):
+    lm = tiny.lm()
+    rows = [lm.view.pieces_of_text(text)[0] for text in GOOD + BAD]
+    plain, sharp = trained(lm), trained(lm, sharpness=3.0)
+    np.testing.assert_allclose(sharp.log_odds(rows), 3 * plain.log_odds(rows), rtol=1e-9)
+    assert Verifier.load(sharp.save(tmp_path / "v.safetensors"), lm).sharpness == 3
 
 
 def test_dropout_is_off_while_it_steers():

@@ -60,20 +60,18 @@ class VerifierOptions:
     """Texts a step."""
     longest: int = 128
     """Tokens of a text that are read in training; of a longer one, the first."""
+    sharpness: float = 1.0
+    """Factor of the log-odds once it is trained: above 1 phi comes nearer to its verdict (0 or 1), and p phi steers
+    harder; the verdicts stay."""
     prefixes: bool = False
     """Learn from every prefix of a text with the text's label (FUDGE's classifier), one drawn anew in each epoch."""
 
     def __post_init__(self) -> None:
         if self.pool not in ("mean", "attention"):
             raise ValueError(f"pool={self.pool!r} is not one of mean, attention")
-        if (
-            self.width < 0
-            or self.epochs < 1
-            or min(self.batch, self.longest) < 1
-            or not 0 <= self.dropout < 1
-            or not self.lr > 0
-        ):
-            raise ValueError(f"{self}: width >= 0, epochs >= 1, batch >= 1, 0 <= dropout < 1 and lr > 0 are needed")
+        counts = min(self.epochs, self.batch, self.longest) >= 1 and self.width >= 0
+        if not (counts and 0 <= self.dropout < 1 and min(self.lr, self.sharpness) > 0):
+            raise ValueError(f"{self}: counts >= 1, width >= 0, 0 <= dropout < 1, lr > 0 and sharpness > 0 are needed")
 
 
 class Verifier(nn.Module):
@@ -86,6 +84,7 @@ class Verifier(nn.Module):
 
     scale: Tensor
     probes: Tensor
+    sharpness: Tensor
 
     def __init__(self, lm: LM, *, pool: Pool = "mean", width: int = 0, dropout: float = 0.1, seed: int = 0):
         super().__init__()
@@ -100,10 +99,11 @@ class Verifier(nn.Module):
             self.key = nn.Linear(size, 64, bias=False) if pool == "attention" else None
             self.value = nn.Linear(size, size, bias=False) if pool == "attention" else None
             self.hidden = nn.Linear(size, width) if width else None
-        self.out = nn.Linear(width or size, 1)
+            self.out = nn.Linear(width or size, 1)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
         self.register_buffer("scale", self.embedding.std())
+        self.register_buffer("sharpness", torch.tensor(1.0))
         self.register_buffer("probes", _probes(self.embedding))
         self.to(device=self.embedding.device, dtype=wide)
 
@@ -119,7 +119,7 @@ class Verifier(nn.Module):
         pooled = self.dropout(torch.where(mask_NT[..., None], x, 0.0).sum(1) / count)
         if self.hidden is not None:
             pooled = torch.tanh(self.hidden(pooled))
-        return self.out(pooled)[:, 0]
+        return self.out(pooled)[:, 0] * self.sharpness
 
     def read(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Embeddings (N, T, d) and mask (N, T) of id rows, padded on the right."""
@@ -217,6 +217,7 @@ def train_verifier(
                 schedule.step()
             if progress:
                 progress(epoch)
+    made.sharpness.fill_(options.sharpness)
     return made.requires_grad_(False).eval()
 
 

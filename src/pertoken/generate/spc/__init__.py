@@ -23,6 +23,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from ...core.decode import Drawn, Stream, decode
@@ -85,10 +86,10 @@ class SPC:
             raise ValueError("SPC needs a verifier: train one with train_verifier, or give the file of a saved one")
         if self.length is not None and longest is not None and self.length < longest:
             raise ValueError(f"length={self.length} (T) lies before t={longest}; raise it or draw fewer tokens")
-        phi = Verifier.load(self.verifier, lm) if isinstance(self.verifier, str) else self.verifier
+        phi = Verifier.load(self.verifier, lm) if isinstance(self.verifier, str | Path) else self.verifier
         check_vocabulary(phi.fingerprint, lm)
         masked = self.local.masked
-        masked = MaskedLM.load(masked) if isinstance(masked, str) else masked
+        masked = MaskedLM.load(masked) if isinstance(masked, str | Path) else masked
         if masked is not None and not self.local.retokenize and not masked.shares(lm):
             raise ValueError(
                 "the masked LM has another tokenizer than the LM; give one that shares it, or say retokenize=True"
