@@ -13,12 +13,18 @@ that of top-k sampling. Intervals: bootstrap over prompts.
 Chosen beforehand: the verifier's learning rate, by cross-entropy on 400 held-out sentences of its own two domains. The
 openings of `--dev` are for trying things; the others were written before any measurement.
 
+What was learned on the openings of `--dev`, with the verifier as it is trained: 60 % judged positive, 56 % of the base,
+73 % of best-of-5, perplexity x 1.13 (10 openings). A verifier of 80 % accuracy seldom says more than 0.8, so p times
+phi is tilted little, while best-of-5 asks for the best of five. The remedy: its log-odds times four (the verdicts stay),
+expanded in logit space, where a steep sigmoid keeps its slope. Both are measured; the sharp one is the main figure.
+
     python examples/spc.py            two to three minutes
     python examples/spc.py --full     40 prompts, 20 tokens, k = 10, 2 look-ahead samples: half an hour
 """
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import os
@@ -26,7 +32,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import tyro
@@ -102,8 +108,8 @@ class Options:
     """40 prompts, 20 tokens, k = 10, 2 look-ahead samples."""
     dev: bool = False
     """The openings for trying things."""
-    space: Literal["probability", "logit"] = "probability"
-    """What is expanded."""
+    sharpness: float = 4.0
+    """Factor of the verifier's log-odds in the main arm."""
     seed: int = 0
     save: bool = False
     """Write results/spc.json."""
@@ -186,9 +192,13 @@ def main(options: Options) -> None:
 
     how = Sampling(max_new_tokens=tokens, top_k=k)
     plain = Sampling(max_new_tokens=tokens)
+    steered = SPC(verifier=phi, candidates=k, lookahead=ahead, samples=samples)
+    trained = [[d.trace for d in row] for row in steered.generate(lm, prompts, sampling=plain, seed=options.seed)]
     began = time.perf_counter()
-    steered = SPC(verifier=phi, candidates=k, lookahead=ahead, samples=samples, space=options.space)
-    spc = [row[0] for row in steered.generate(lm, prompts, sampling=plain, seed=options.seed)]
+    phi.sharpness.fill_(options.sharpness)
+    sharp = dataclasses.replace(steered, space="logit")
+    spc = [row[0] for row in sharp.generate(lm, prompts, sampling=plain, seed=options.seed)]
+    phi.sharpness.fill_(1.0)
     seconds = time.perf_counter() - began
     spent = sum(d.meta["lm_tokens"] for d in spc) / sum(len(d.trace) for d in spc)
     n = max(5, round(spent / 5) * 5)
@@ -203,6 +213,7 @@ def main(options: Options) -> None:
         "best of 5": fives,
         f"best of {n} (equal LM tokens)": [[row[j]] for row, j in zip(pool, picked(lm, phi, pool), strict=True)],
         "FUDGE": looked,
+        "SPC, verifier as trained": trained,
         "SPC": [[d.trace] for d in spc],
     }
 
