@@ -15,8 +15,9 @@ openings of `--dev` are for trying things; the others were written before any me
 
 What was learned on the openings of `--dev`, with the verifier as it is trained: 60 % judged positive, 56 % of the base,
 73 % of best-of-5, perplexity x 1.13 (10 openings). A verifier of 80 % accuracy seldom says more than 0.8, so p times
-phi is tilted little, while best-of-5 asks for the best of five. The remedy: its log-odds times four (the verdicts stay),
-expanded in logit space, where a steep sigmoid keeps its slope. Both are measured; the sharp one is the main figure.
+phi is tilted little, while best-of-5 asks for the best of five. The remedy: its log-odds times four (its verdicts
+stay), expanded in logit space, where a steep sigmoid keeps its slope. Both are measured; the sharp one is the main
+figure. Neither was tried on the openings that are reported before the run that wrote the result.
 
     python examples/spc.py            two to three minutes
     python examples/spc.py --full     40 prompts, 20 tokens, k = 10, 2 look-ahead samples: half an hour
