@@ -560,6 +560,17 @@ _ROWS = (
         paper="2410.02284",
         family="decoding",
         level="token",
+    ),
+    Method(
+        "spc",
+        "generate",
+        "pertoken.generate.spc:SPC",
+        "Semantic control: candidates weighed by a differentiable verifier's expected verdict on the finished sentence",
+        system="spc",
+        paper="2505.01954",
+        family="decoding",
+        level="token",
+        models=("verifier",),
         stochastic=True,
     ),
     Method(

@@ -122,6 +122,37 @@ def test_argmax():
         assert token == full(lm, trace.prompt_ids + trace.completion_ids[:k]).argmax()
 
 
+def test_a_branch_leaves_its_state_as_it_was():
+    lm = tiny.lm()
+    prompts = [lm.encode_prompt("the plot"), lm.encode_prompt("a film, a score")]
+    guide = LMGuide(lm=lm)
+    state = guide.start(prompts)
+    guide.step(state, None)
+    ahead = guide.branch(state, torch.tensor([1, 1, 0]))
+    for last in ([7, 8, 9], [10, 11, 12]):
+        logw = guide.step(ahead, torch.tensor(last))
+    rows = [(*prompts[1], 7, 10), (*prompts[1], 8, 11), (*prompts[0], 9, 12)]
+    for row, ids in enumerate(rows):
+        torch.testing.assert_close(logw[row], full(lm, ids), atol=1e-5, rtol=0)
+    logw = guide.step(state, torch.tensor([20, 21]))
+    for row, ids in enumerate([(*prompts[0], 20), (*prompts[1], 21)]):
+        torch.testing.assert_close(logw[row], full(lm, ids), atol=1e-5, rtol=0)
+
+
+class Told(Table):
+    """Remembers the places that it is told."""
+
+    def placed(self, state, places, seed):
+        self.seen = [*getattr(self, "seen", []), (seed, *places)]
+
+
+def test_a_guide_that_draws_is_told_its_places():
+    lm, guide = tiny.lm(), Told([0.0] * 320)
+    prompts = ["a film and a friend and a score", "the plot"]
+    decode(lm, guide, prompts, n=2, sampling=Sampling(max_new_tokens=1), seed=3, batch=2)
+    assert guide.seen == [(3, (1, 0), (1, 1)), (3, (0, 0), (0, 1))]  # the shorter prompt first
+
+
 def test_bad_input():
     lm = tiny.lm()
     with pytest.raises(ValueError, match="temperature=0"):

@@ -1,0 +1,279 @@
+"""Steering a language model towards positive reviews: SPC against sampling, best-of-n and FUDGE, by another judge.
+
+SmolLM2-135M-Instruct continues hand-written openings of restaurant reviews (as plain text). Verifier: a linear head on
+the mean of its token embeddings, trained on labelled sentences about films and products. Judge: logistic regression on
+MiniLM embeddings, trained on the sentences about restaurants (all in the folder that PERTOKEN_DATA names); it reads
+opening and continuation, and steers nothing. Top-k sampling, the k of all arms: one pool of samples a prompt, as many
+as cost what SPC costs in LM tokens, gives the base (all of them), best-of-5 (the verifier picks of each five; the mean
+over the fives) and best-of-n (it picks of all). FUDGE: a verifier trained on prefixes, no look-ahead.
+
+Bound: judged positive at least base + 25 points and best-of-5 + 5 points, perplexity under the LM at most 1.3 times
+that of top-k sampling. Intervals: bootstrap over prompts.
+
+Chosen beforehand: the verifier's learning rate, by cross-entropy on 400 held-out sentences of its own two domains. The
+openings of `--dev` are for trying things; the others were written before any measurement.
+
+What was learned on the openings of `--dev`, with the verifier as it is trained: 60 % judged positive, 56 % of the base,
+73 % of best-of-5, perplexity x 1.13 (10 openings). A verifier of 80 % accuracy seldom says more than 0.8, so p times
+phi is tilted little, while best-of-5 asks for the best of five. The remedy: its log-odds times four (its verdicts
+stay), expanded in logit space, where a steep sigmoid keeps its slope. Both are measured; the sharp one is the main
+figure. Neither was tried on the openings that are reported before the run that wrote the result.
+
+    python examples/spc.py            two to three minutes
+    python examples/spc.py --full     40 prompts, 20 tokens, k = 10, 2 look-ahead samples: half an hour
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from pertoken.core.embed import TextEncoder
+from pertoken.core.lm import LM, load
+from pertoken.core.rollout import Sampling, sample
+from pertoken.core.trace import Trace
+from pertoken.generate.spc import SPC, Verifier, VerifierOptions, train_verifier
+from pertoken.results import save_result
+
+DEV = (
+    "The lady at the counter",
+    "My husband had the burger and it",
+    "I have been to this diner before and",
+    "The tables in the back",
+    "We waited for the bill and",
+    "The curry I ordered",
+    "Their pizza is",
+    "The manager told us that",
+    "For lunch I had the soup, which",
+    "The room where we sat",
+)
+TEST = (
+    "The waiter",
+    "We ordered the pasta and it",
+    "After waiting for our table, we",
+    "The owner came over and",
+    "The steak was",
+    "I tried the fish and",
+    "When the food came, it",
+    "The service at this restaurant",
+    "My friend had the salad and said that",
+    "We went there on a Friday night and",
+    "The coffee here",
+    "The dessert menu",
+    "I will say that the staff",
+    "The portions are",
+    "Our server",
+    "The place itself",
+    "The sushi tasted",
+    "For the price, the meal",
+    "I have eaten here twice and",
+    "The breakfast buffet",
+    "The bread they brought us",
+    "The chicken in my sandwich",
+    "It took a while, but our drinks",
+    "The menu has",
+    "My first visit to this cafe",
+    "The tacos at this stand",
+    "The hostess led us to a table that",
+    "The rice that came with it",
+    "We asked for the special and",
+    "The noodles were",
+    "The bartender",
+    "On a second visit, the ribs",
+    "The plates on the next table",
+    "I called to book and",
+    "The sauce on the wings",
+    "Their lunch deal",
+    "The patio outside",
+    "The eggs came",
+    "The vegetables on the side",
+    "By the time we left, I",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of the example."""
+
+    full: bool = False
+    """40 prompts, 20 tokens, k = 10, 2 look-ahead samples."""
+    dev: bool = False
+    """The openings for trying things."""
+    sharpness: float = 4.0
+    """Factor of the verifier's log-odds in the main arm."""
+    seed: int = 0
+    save: bool = False
+    """Write results/spc.json."""
+
+
+def read() -> dict[str, tuple[list[str], list[int]]]:
+    """Texts and labels by domain.
+
+    Raises:
+        ValueError: PERTOKEN_DATA is not set.
+    """
+    folder = os.environ.get("PERTOKEN_DATA")
+    if not folder:
+        raise ValueError("set PERTOKEN_DATA to the folder that holds sentiment/sentences.jsonl.gz")
+    with gzip.open(Path(folder) / "sentiment" / "sentences.jsonl.gz", "rt", encoding="utf8") as lines:
+        rows = [json.loads(line) for line in lines]
+    out: dict[str, tuple[list[str], list[int]]] = {}
+    for row in rows:
+        texts, labels = out.setdefault(row["domain"], ([], []))
+        texts.append(row["text"])
+        labels.append(row["label"])
+    return out
+
+
+class Judge:
+    """Logistic regression on MiniLM embeddings; `accuracy` is cross-validated."""
+
+    def __init__(self, texts: Sequence[str], labels: Sequence[int]):
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.model_selection import cross_val_score
+
+        self.encoder = TextEncoder()
+        features = self.encoder(texts)
+        self.model = LogisticRegression(C=10.0, max_iter=1000)
+        self.accuracy = float(cross_val_score(self.model, features, labels, cv=5).mean())
+        self.model.fit(features, labels)
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        """Whether each is judged positive."""
+        return self.model.predict(self.encoder(texts)) == 1
+
+
+def picked(lm: LM, verifier: Verifier, rows: list[list[Trace]]) -> np.ndarray:
+    """Which of its traces the verifier likes best, by prompt."""
+    words = [[[i for i in t.ids("all") if i not in lm.view.special_ids] for t in row] for row in rows]
+    odds = verifier.log_odds([ids for row in words for ids in row]).reshape(len(rows), -1)
+    return odds.argmax(1)
+
+
+def distinct(traces: Sequence[Trace]) -> float:
+    """Share of different words among all words of the continuations."""
+    words = [w for t in traces for w in t.text.lower().split()]
+    return len(set(words)) / max(1, len(words))
+
+
+def perplexity(traces: Sequence[Trace]) -> float:
+    """Of the continuations under the LM, by token."""
+    return float(np.exp(-np.concatenate([t.policy_logps for t in traces if t.policy_logps is not None]).mean()))
+
+
+def bootstrap(values: np.ndarray, seed: int = 0) -> list[float]:
+    """95 % interval of the mean over prompts."""
+    rng = np.random.default_rng(seed)
+    means = values[rng.integers(0, len(values), (10_000, len(values)))].mean(1)
+    return [float(q) for q in np.quantile(means, (0.025, 0.975))]
+
+
+def main(options: Options) -> None:
+    """Run it and print the table."""
+    k, samples, ahead, tokens = (10, 2, 8, 20) if options.full else (5, 1, 8, 16)
+    prompts = list(DEV if options.dev else TEST if options.full else TEST[:20])
+    data = read()
+    lm, judge = load("smollm2", template="plain"), Judge(*data["restaurant"])
+    texts, labels = (data["movie"][i] + data["product"][i] for i in (0, 1))
+    phi = train_verifier(lm, texts, labels, seed=options.seed)
+    prefix_phi = train_verifier(lm, texts, labels, VerifierOptions(prefixes=True), seed=options.seed)
+    third = phi.log_odds([lm.view.pieces_of_text(t)[0] for t in data["restaurant"][0]]) > 0
+    transfer = float((third == np.array(data["restaurant"][1])).mean())
+    print(f"accuracy on restaurants: verifier {transfer:.3f} (other domains), judge {judge.accuracy:.3f} (5 folds)")
+
+    how = Sampling(max_new_tokens=tokens, top_k=k)
+    plain = Sampling(max_new_tokens=tokens)
+    steered = SPC(verifier=phi, candidates=k, lookahead=ahead, samples=samples)
+    trained = [[d.trace for d in row] for row in steered.generate(lm, prompts, sampling=plain, seed=options.seed)]
+    began = time.perf_counter()
+    phi.sharpness.fill_(options.sharpness)
+    sharp = dataclasses.replace(steered, space="logit")
+    spc = [row[0] for row in sharp.generate(lm, prompts, sampling=plain, seed=options.seed)]
+    phi.sharpness.fill_(1.0)
+    seconds = time.perf_counter() - began
+    spent = sum(d.meta["lm_tokens"] for d in spc) / sum(len(d.trace) for d in spc)
+    n = max(5, round(spent / 5) * 5)
+    pool = sample(lm, prompts, n, how, seed=options.seed + 1)
+    fudge = SPC(verifier=prefix_phi, candidates=k, lookahead=0, samples=1)
+    looked = [[d.trace for d in row] for row in fudge.generate(lm, prompts, n=5, sampling=plain, seed=options.seed + 2)]
+    groups = [[row[i : i + 5] for row in pool] for i in range(0, n, 5)]
+    best_PG = np.stack([picked(lm, phi, group) for group in groups], 1)
+    fives = [[group[i][j] for group, j in zip(groups, row, strict=True)] for i, row in enumerate(best_PG)]
+    arms: dict[str, list[list[Trace]]] = {
+        f"top-{k} sampling": pool,
+        "best of 5": fives,
+        f"best of {n} (equal LM tokens)": [[row[j]] for row, j in zip(pool, picked(lm, phi, pool), strict=True)],
+        "FUDGE": looked,
+        "SPC, verifier as trained": trained,
+        "SPC": [[d.trace] for d in spc],
+    }
+
+    figures: dict[str, dict[str, Any]] = {}
+    print(f"\n{len(prompts)} prompts, judged positive (%) with the opening and alone")
+    print(f"{'':<32}{'positive':>9}{'alone':>8}{'verifier':>9}{'perplexity':>11}{'distinct-1':>11}")
+    for name, rows in arms.items():
+        flat = [t for row in rows for t in row]
+        whole = [f"{p}{t.text}" for p, row in zip(prompts, rows, strict=True) for t in row]
+        odds = phi.log_odds([[i for i in t.ids("all") if i not in lm.view.special_ids] for t in flat])
+        good = judge(whole).reshape(len(prompts), -1).mean(1)
+        alone = float(judge([t.text for t in flat]).mean())
+        figures[name] = {"good": good, "share": 100 * float(good.mean()), "alone": 100 * alone, "ppl": perplexity(flat)}
+        figures[name] |= {"verifier": 100 * float((odds > 0).mean()), "distinct": distinct([row[0] for row in rows])}
+        f = figures[name]
+        print(f"{name:<32}{f['share']:9.1f}{f['alone']:8.1f}{f['verifier']:9.1f}{f['ppl']:11.2f}{f['distinct']:11.3f}")
+    base, five, ours = figures[f"top-{k} sampling"], figures["best of 5"], figures["SPC"]
+    over_base, over_five = ours["share"] - base["share"], ours["share"] - five["share"]
+    interval = bootstrap(100 * (ours["good"] - base["good"]))
+    interval_five = bootstrap(100 * (ours["good"] - five["good"]))
+    ratio = ours["ppl"] / base["ppl"]
+    clipped = sum(d.meta["clipped"] for d in spc) / sum(d.meta["estimates"] for d in spc)
+    reached = over_base >= 25 and over_five >= 5 and ratio <= 1.3
+    print(
+        f"\nover base {over_base:+.1f} [{interval[0]:.1f}, {interval[1]:.1f}], over best of 5 {over_five:+.1f} "
+        f"[{interval_five[0]:.1f}, {interval_five[1]:.1f}], perplexity x {ratio:.2f}; bound reached: {reached}\n"
+        f"{clipped:.3f} of the estimates clipped; {spent:.0f} LM tokens a token drawn; {seconds:.0f} s"
+    )
+    for p, d in list(zip(prompts, spc, strict=True))[:6]:
+        print(f"  {p} |{d.trace.text!r}")
+    if options.save:
+        save_result(
+            "spc",
+            metric="continuations judged positive (%)",
+            value=ours["share"],
+            interval=bootstrap(100 * ours["good"]),
+            baseline=f"top-{k} sampling",
+            baseline_value=base["share"],
+            bound="at least base + 25 points and best-of-5 + 5 points, perplexity at most 1.3 x",
+            reached=reached,
+            world=f"SmolLM2-135M-Instruct, {len(prompts)} openings of restaurant reviews, {tokens} new tokens",
+            seeds=[options.seed],
+            notes=f"Over base {over_base:+.1f} [{interval[0]:.1f}, {interval[1]:.1f}], over best of 5 {over_five:+.1f} "
+            f"[{interval_five[0]:.1f}, {interval_five[1]:.1f}] points (bootstrap over prompts); perplexity x "
+            f"{ratio:.2f}; {clipped:.3f} of the estimates clipped. The judge's accuracy on its domain (5 folds): "
+            f"{judge.accuracy:.3f}; verifier there {transfer:.3f}.",
+            rows=[
+                {
+                    "metric": f"continuations judged positive (%): {name}",
+                    "value": f["share"],
+                    "interval": bootstrap(100 * f["good"]),
+                    "notes": f"perplexity {f['ppl']:.2f}, distinct-1 {f['distinct']:.3f}, verifier-positive "
+                    f"{f['verifier']:.1f} %, the continuation alone judged positive {f['alone']:.1f} %",
+                }
+                for name, f in figures.items()
+                if name != "SPC"
+            ],
+        )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
