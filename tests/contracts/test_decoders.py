@@ -17,9 +17,25 @@ from pertoken.core.lm import LM
 from pertoken.core.rollout import Sampling
 from tests import tiny
 
+
+class Verifier:
+    """A verifier by formula: log-odds from the mean embedding."""
+
+    def __init__(self, lm: LM):
+        self.fingerprint, self.embedding = (
+            lm.view.fingerprint,
+            lm.causal.get_input_embeddings().weight.detach().double(),
+        )
+        self.w = torch.from_numpy(np.random.default_rng(0).normal(size=self.embedding.shape[1]))
+
+    def __call__(self, embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return torch.where(mask[..., None], embeds, 0.0).sum(1) / mask.sum(1, keepdim=True).clamp(min=1) @ self.w
+
+
 MADE: dict[str, Callable[[LM, Any], Any]] = {
     "genarm": lambda lm, kind: kind(arms=tiny.lm(1, dtype=torch.float32), alpha=(0.7,)),
     "best-of-n": lambda lm, kind: kind(candidates=3, scorer=lambda text: float(text.count("e"))),
+    "spc": lambda lm, kind: kind(verifier=Verifier(lm), candidates=3, lookahead=2),
     "lm-cascades": lambda lm, kind: kind(large=tiny.lm(1, dtype=torch.float32), threshold=4.0),
 }
 OPENED = {"icn"}

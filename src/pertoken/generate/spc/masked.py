@@ -89,7 +89,7 @@ def gibbs(
     now = ids_NW.clone()
     for chosen in steps:
         before, (row, at) = now.clone(), chosen.nonzero(as_tuple=True)
-        for some in torch.arange(len(row), device=row.device).split(_TOGETHER):
+        for some in torch.arange(len(row), device=row.device).split(_TOGETHER) if len(row) else ():
             r, a = row[some], at[some]
             p = words_only(masked.logps(before[r], mask_NW[r], a)[:, : len(words_V)], words_V)
             now[r, a] = inverse_cdf(p.log(), uniform_NL[r, place[r, a]])
@@ -102,7 +102,7 @@ def masked_embeddings(
     """e_bar of the free positions, row by row from left to right, (F, D)."""
     row, at = free_NW.nonzero(as_tuple=True)
     parts = [table[:0]]
-    for r, a in zip(row.split(_TOGETHER), at.split(_TOGETHER), strict=True):
+    for r, a in zip(row.split(_TOGETHER), at.split(_TOGETHER), strict=True) if len(row) else ():
         p = words_only(masked.logps(ids_NW[r], mask_NW[r], a)[:, : len(words_V)], words_V)
         parts.append(expected_embeddings(p, table))
     return torch.cat(parts)
