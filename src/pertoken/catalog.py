@@ -416,6 +416,17 @@ _ROWS = (
         stochastic=True,
     ),
     Method(
+        "awrs",
+        "generate",
+        "pertoken.generate.awrs:AWRS",
+        "Constrained generation by adaptive weighted rejection sampling: a few checks a token, unbiased weights",
+        system="awrs",
+        paper="2504.05410",
+        family="decoding",
+        level="token",
+        stochastic=True,
+    ),
+    Method(
         "vader",
         "score",
         "pertoken.score.vader:Vader",

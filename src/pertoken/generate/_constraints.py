@@ -94,18 +94,18 @@ def _read(path: str) -> str:
         raise ValueError(f"the constraint's file cannot be read ({error}); give its path") from error
 
 
-# ---- grammars
+def _matcher() -> Any:
+    try:
+        from llguidance import LLMatcher
+    except ImportError as error:
+        raise ImportError("these constraints need llguidance: pip install 'pertoken[grammars]'") from error
+    return LLMatcher
 
 
 @lru_cache(maxsize=1)
 def _alphabet() -> Any:
     """llguidance's tokenizer whose tokens are the 256 bytes."""
-    try:
-        from llguidance import LLTokenizer, TokenizerWrapper
-    except ImportError as error:
-        raise ImportError(
-            "regex, JSON and Lark constraints need llguidance: pip install 'pertoken[grammars]'"
-        ) from error
+    from llguidance import LLTokenizer, TokenizerWrapper
 
     class Bytes:
         eos_token_id, bos_token_id, special_token_ids = 256, None, (256,)
@@ -121,8 +121,8 @@ def _alphabet() -> Any:
 class Grammar:
     """A regular expression, a JSON schema or a Lark grammar, by llguidance.
 
-    That a regular expression can still be matched is decided exactly; a rule of a grammar that produces nothing is
-    noticed only when no particle can end.
+    Whether a regular expression can still be matched is decided exactly; a rule of a grammar that never ends (a: "x" a)
+    is noticed only in that no particle does.
 
     Raises:
         ValueError: it does not compile; it asks for what cannot be kept; nothing matches it.
@@ -135,33 +135,22 @@ class Grammar:
     @classmethod
     def regex(cls, pattern: str) -> Grammar:
         """Of the texts that a pattern matches as a whole."""
-        _alphabet()
-        from llguidance import LLMatcher
-
-        return cls(LLMatcher.grammar_from_regex(pattern), f"regex:{pattern}")
+        return cls(_matcher().grammar_from_regex(pattern), f"regex:{pattern}")
 
     @classmethod
     def json_schema(cls, schema: str | dict[str, Any]) -> Grammar:
         """Of the JSON documents of a schema."""
-        _alphabet()
-        from llguidance import LLMatcher
-
         text = schema if isinstance(schema, str) else json.dumps(schema)
-        return cls(LLMatcher.grammar_from_json_schema(text), f"json:{text}")
+        return cls(_matcher().grammar_from_json_schema(text), f"json:{text}")
 
     @classmethod
     def lark(cls, grammar: str) -> Grammar:
         """Of the texts of a Lark grammar."""
-        _alphabet()
-        from llguidance import LLMatcher
-
-        return cls(LLMatcher.grammar_from_lark(grammar), f"lark:{grammar}")
+        return cls(_matcher().grammar_from_lark(grammar), f"lark:{grammar}")
 
     def start(self) -> State:
         """The parser before the first byte."""
-        from llguidance import LLMatcher
-
-        matcher = LLMatcher(_alphabet(), self.definition, log_level=0)
+        matcher = _matcher()(_alphabet(), self.definition, log_level=0)
         if matcher.is_error():
             raise ValueError(f"the constraint {self.name} does not compile: {matcher.get_error()}")
         state = _Parser(matcher)
@@ -198,7 +187,7 @@ class _Parser:
 class Predicate:
     """Any check of bytes: a parser, a lookup, a simulator.
 
-    ``prefix`` must be monotone: what it rejects, no extension of it may be accepted, or the target changes silently.
+    ``prefix`` must be monotone: no extension of what it rejects may be accepted, or the target changes silently.
 
     Raises:
         ValueError: from its states: a value that is no Boolean, an exception of a function (with the text that it was
@@ -236,8 +225,6 @@ class Predicate:
 
 @dataclass(frozen=True)
 class _Read:
-    """What a predicate has read."""
-
     owner: Predicate
     text: bytes
 
