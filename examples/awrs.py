@@ -10,7 +10,7 @@
     variation, both exact). 10,000 runs of 5 particles, each final particle counting its weight / 5: total variation to
     the target. Bound: below 0.03.
 
-    python examples/awrs.py              one toy language, one particle: about three minutes on two cores
+    python examples/awrs.py              one toy language, one particle, twelve tokens: three minutes
     python examples/awrs.py --full       three toy languages, five particles a pattern
 """
 
@@ -94,7 +94,7 @@ class Options:
 
     particles: int = 1
     """Of each pattern."""
-    max_tokens: int = 16
+    max_tokens: int = 12
     languages: int = 1
     runs: int = 10_000
     """Of each toy language."""
