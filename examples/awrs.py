@@ -64,7 +64,7 @@ PATTERNS = {  # and three texts that match
     r"@[a-z0-9_]{3,10}": "@anna @john_doe @user42",
     r"#[A-Za-z]+": "#Summer #music #TravelLife",
     r"[a-z]+\.(py|txt|md)": "main.py notes.txt readme.md",
-    r"/[a-z]+/[a-z]+": "/usr/bin /home/anna /var/log",
+    r"/[a-z]+/[a-z]+": "/usr/bin /home/ann /var/log",
     r"[A-Z][a-z]+ [A-Z][a-z]+": "John Smith|Mary Jones|Peter Brown",
     r"[A-Z][a-z]+ is a [a-z]+\.": "Paris is a city.|Rex is a dog.|Gold is a metal.",
     r"The [a-z]+ (runs|sleeps|eats)\.": "The dog runs.|The cat sleeps.|The bird eats.",
