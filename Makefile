@@ -16,7 +16,7 @@ ifeq ($(origin PERTOKEN_DATA),undefined)
   endif
 endif
 
-.PHONY: help demo test check fix bench docs clean
+.PHONY: help demo test check fix bench peers docs clean
 .NOTPARALLEL:
 
 help:  ## list the targets
@@ -41,11 +41,14 @@ fix: $(VENV)/.dev  ## format, and repair what lint can repair
 bench: $(VENV)/.test $(VENV)/.bench  ## time an optimiser step of DPO against TRL
 	$(BIN)/python benchmarks/preference_step.py $(ARGS)
 
+peers: $(VENV)/.test .peers/genlm/.installed  ## time a step of AWRS against genlm-control, in its own environment
+	$(BIN)/python benchmarks/awrs_step.py $(ARGS)
+
 docs: $(VENV)/.test  ## write the README's table and docs/methods/ from the catalog and results/
 	$(BIN)/python tools/readme.py
 
 clean:  ## remove the environment and caches; runs/ stays
-	rm -rf build dist .pytest_cache .ruff_cache
+	rm -rf build dist .pytest_cache .ruff_cache .peers
 	find src tests tools examples benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 	[ ! -f $(VENV)/pyvenv.cfg ] || rm -rf $(VENV)
 
@@ -62,4 +65,10 @@ $(VENV)/.base: constraints.txt
 
 $(VENV)/.%: $(VENV)/.base pyproject.toml
 	$(PIP) --editable '.[$*]'
+	@touch $@
+
+# Peers whose pins would clash with ours: they exchange arrays with a benchmark through files.
+.peers/genlm/.installed:
+	$(PYTHON) -m venv .peers/genlm
+	.peers/genlm/bin/python -m pip install --quiet $(PIP_FLAGS) genlm-control==0.4.1 torch==2.13.0
 	@touch $@

@@ -1,0 +1,194 @@
+"""Particles whose tokens are drawn by rejection under a constraint: the step sampler of AWRS for one prompt."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..core.decode import Guide
+from ..core.rollout import Sampling
+from ._constraints import Constraint, State
+from ._rejection import estimate
+
+Piece = Callable[[int], bytes]
+
+
+class _Node:
+    """A text that particles have come to: where the constraint is, and what was asked there. Particles share it."""
+
+    __slots__ = ("known", "path", "state")
+
+    def __init__(self, state: State, path: tuple[int, ...]):
+        self.state, self.path, self.known = state, path, {}
+
+
+@dataclass
+class _Rows:
+    """The particles that go on, the proposal's state, and their last tokens."""
+
+    nodes: list[_Node]
+    proposal: Any = None
+    last: list[int] | None = None
+    device: Any = None
+
+
+@dataclass(kw_only=True, eq=False)
+class ConstrainedSampler:
+    """A `core.particles.StepSampler`.
+
+    Attributes:
+        counts: calls of the constraint; tokens that the estimators looked at (more, as particles of one text share
+            calls); steps of particles.
+    """
+
+    constraint: Constraint
+    piece: Piece
+    """Bytes of a token."""
+    stops: Sequence[int]
+    """Terminators: they ask whether the text is complete."""
+    sampling: Sampling = field(default_factory=Sampling)
+    """Shapes the guide's weights: the target is of what comes out."""
+    estimator: str = "auto"
+    """As the four that follow: see `_rejection.estimate`."""
+    max_accepts: int = 2
+    max_rejects: float = math.inf
+    proper_weights: bool = True
+    prune: bool = True
+    """Leave out tokens of no bytes before drawing, instead of rejecting them."""
+    proposal: Guide | None = None
+    """Draw from this guide; it must give a weight to whatever the target does."""
+    prompt: Any = None
+    """What the proposal is asked."""
+
+    def __post_init__(self) -> None:
+        self.counts = {"calls": 0, "looks": 0, "steps": 0}
+        self.logps: dict[tuple[int, ...], float] = {}  # of each text's last token, by the guide
+        self.ends: dict[tuple[int, ...], int] = {}  # the terminator that a text was ended by
+
+    def start(self, n: int) -> _Rows:
+        """Nothing read."""
+        proposal = None if self.proposal is None else self.proposal.start([self.prompt] * n)
+        return _Rows([_Node(self.constraint.start(), ())] * n, proposal)
+
+    def step(
+        self, state: _Rows, logw_NV: Tensor, draws: Sequence[np.random.Generator]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A token and a log-weight a particle."""
+        target = self.shaped(logw_NV, len(state.nodes[0].path))
+        drawn_from = target
+        if self.proposal is not None:
+            last = None if state.last is None else torch.tensor(state.last, device=logw_NV.device)
+            own = self.proposal.step(state.proposal, last)[:, : target.shape[1]]
+            drawn_from = own.masked_fill(target == -torch.inf, -torch.inf)
+        precise = drawn_from.double()
+        log_z = precise.logsumexp(-1)
+        if bool(log_z.isnan().any()):
+            raise ValueError("a guide gave NaN; look at the model")
+        weights = (precise - log_z.clamp(min=-1e300)[:, None]).exp().cpu().numpy()
+        tokens, increments, nodes = [], [], []
+        for row, node in enumerate(state.nodes):
+            draw = estimate(
+                weights[row],
+                self.check(node),
+                draws[row],
+                estimator=self.estimator,
+                max_accepts=self.max_accepts,
+                max_rejects=self.max_rejects,
+                proper_weights=self.proper_weights,
+            )
+            self.counts["steps"] += 1
+            more, token = draw.logw, max(draw.token, 0)
+            if draw.token >= 0:
+                if self.proper_weights:
+                    more += float(log_z[row])
+                    if self.proposal is not None:
+                        more += float(target[row, token]) - float(drawn_from[row, token])
+                node = self.grown(node, token, float(logw_NV[row, token]))
+            tokens.append(token)
+            increments.append(more)
+            nodes.append(node)
+        state.nodes, state.last, state.device = nodes, tokens, logw_NV.device
+        return np.array(tokens), np.array(increments)
+
+    def end(self, state: _Rows, logw_NV: Tensor) -> np.ndarray:
+        """The weight of all terminators where the text is complete."""
+        shaped = self.shaped(logw_NV, len(state.nodes[0].path))[:, list(self.stops)].double().logsumexp(-1)
+        out = np.full(len(state.nodes), -math.inf)
+        for row, node in enumerate(state.nodes):
+            stop = max(self.stops, key=lambda s, row=row: float(logw_NV[row, s]))
+            self.counts["steps"] += 1
+            if self.check(node)(stop):
+                out[row] = float(shaped[row])
+                self.grown(node, stop, float(logw_NV[row, stop]))
+        return out
+
+    def reorder(self, state: _Rows, index: Sequence[int]) -> _Rows:
+        """Select rows."""
+        if self.proposal is not None:
+            self.proposal.reorder(state.proposal, torch.tensor(list(index), device=state.device))
+        last = None if state.last is None else [state.last[i] for i in index]
+        return _Rows([state.nodes[i] for i in index], state.proposal, last, state.device)
+
+    def shaped(self, logw_NV: Tensor, length: int) -> Tensor:
+        """Log-weights of the target: `sampling` applied, tokens of no bytes out, no end before it may come."""
+        out = logw_NV
+        if length < self.sampling.min_new_tokens:
+            stops = torch.tensor(list(self.stops), device=logw_NV.device)
+            out = out.index_fill(1, stops, -torch.inf)
+        if self.sampling != Sampling(max_new_tokens=self.sampling.max_new_tokens):
+            out = self.sampling.logps(out)
+        if self.prune:
+            empty = torch.from_numpy(_empty(self.piece, tuple(self.stops), out.shape[1])).to(out.device)
+            out = out.masked_fill(empty, -torch.inf)
+        return out
+
+    def check(self, node: _Node) -> Callable[[int], bool]:
+        """f at a text: of a terminator whether the text is complete, of another token whether it may follow."""
+        known, counts, stops, piece = node.known, self.counts, self.stops, self.piece
+
+        def ask(token: int) -> bool:
+            counts["looks"] += 1
+            answer = known.get(token)
+            if answer is None:
+                said = piece(token)
+                counts["calls"] += token in stops or bool(said)
+                answer = node.state.complete() if token in stops else bool(said) and node.state.allows(said)
+                known[token] = answer
+            return answer
+
+        return ask
+
+    def grown(self, node: _Node, token: int, logp: float) -> _Node:
+        """The text with a token more."""
+        path = (*node.path, token)
+        self.logps[path] = logp
+        if token in self.stops:
+            self.ends[node.path] = token
+            return node
+        return _Node(node.state.after(self.piece(token)), path)
+
+    def text(self, tokens: Sequence[int]) -> bytes:
+        """Bytes of a particle."""
+        return b"".join(map(self.piece, tokens))
+
+    def history(self, tokens: Sequence[int]) -> tuple[list[int], np.ndarray]:
+        """A particle with its terminator, and the model's log-probs of its tokens."""
+        path = (*tokens, self.ends[tuple(tokens)])
+        return list(path), np.array([self.logps[path[: k + 1]] for k in range(len(path))])
+
+    def critic(self, score: Callable[[list[bytes], list[bool]], Sequence[float]]) -> Callable[..., Sequence[float]]:
+        """A critic of texts as one of tokens."""
+        return lambda tokens, ended: score([self.text(t) for t in tokens], ended)
+
+
+@lru_cache(maxsize=4)
+def _empty(piece: Piece, stops: tuple[int, ...], size: int) -> np.ndarray:
+    """Which ids stand for no bytes and end nothing, (V,)."""
+    return np.array([v not in stops and not piece(v) for v in range(size)])
