@@ -571,6 +571,9 @@ _ROWS = (
         family="decoding",
         level="token",
         models=("verifier",),
+        stochastic=True,
+    ),
+    Method(
         "awrs",
         "generate",
         "pertoken.generate.awrs:AWRS",

@@ -213,8 +213,6 @@ def test_weights_of_each_request():
 
 def test_sequences_that_end_leave_the_others_alone():
     """Rows drop out of all caches together: unequal lengths, and every log-prob is still the formula's."""
-    how = Sampling(max_new_tokens=60, temperature=1.5)
-    drawn = GenARM(arms=ARM, per_prompt=(0.5, -0.2)).generate(BASE, PROMPTS, n=8, sampling=how, seed=2)
     how = Sampling(max_new_tokens=30, temperature=1.5)
     drawn = GenARM(arms=ARM, per_prompt=(0.5, -0.2)).generate(BASE, PROMPTS, n=12, sampling=how, seed=2)
     assert len({len(d.trace) for some in drawn for d in some}) > 2
