@@ -119,6 +119,11 @@ class Branch:
         total = float(self.p.sum())
         return self.logw + np.log(total) if total > 0 else -np.inf
 
+    def onward(self) -> float:
+        """Log of the probability of those that have bytes behind the node, and of the end."""
+        total = float(self.p[len(self.ranges.ending(self.node)) :].sum()) + self.end
+        return self.logw + np.log(total) if total > 0 else -np.inf
+
     def child(self, byte: int) -> Branch | None:
         """Those that go on with a byte."""
         node = self.ranges.child(self.node, byte)

@@ -81,7 +81,7 @@ class ByteExact:
     """What is searched for other tokenizations: the part after the last sure boundary, or the whole text."""
     ensemble: tuple[str, ...] = ()
     """Further models, of any vocabularies: folders, Hub ids."""
-    models: tuple[Any, ...] = ()
+    models: Any = ()
     """From Python, in their place: LMs."""
 
     def __post_init__(self) -> None:

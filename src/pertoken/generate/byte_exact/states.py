@@ -135,18 +135,20 @@ class ByteState:
                 ends = b.ranges.ending(b.node).tolist()
                 weights = {v: b.logw + float(np.log(p)) for v, p in zip(ends, b.p, strict=False) if p > 0}
                 likely = [v for v, w in weights.items() if not floor or w - self.logp >= np.log(floor)]
+                self.lost += sum(float(np.exp(w - self.logp)) for v, w in weights.items() if v not in likely)
                 new |= {h: weights[h[-1]] for h in model._allowed(b.history, likely)}
             opened = model._branches(list(new.items())) if new else ()
-            self._opened = self._cut((*self._cover, *opened))
+            self._opened = self._heaviest([b for b in (*self._cover, *opened) if b.onward() > -np.inf])
         return self._opened
 
-    def _cut(self, branches: tuple[Branch, ...]) -> tuple[Branch, ...]:
-        """The heaviest `beam` branches."""
-        beam = self.model.search.beam
+    def _heaviest(self, branches: Sequence[Branch]) -> tuple[Branch, ...]:
+        """As many branches as the beam holds."""
+        beam, masses = self.model.search.beam, np.array([b.onward() for b in branches])
         if not beam or len(branches) <= beam:
-            return branches
-        heaviest = sorted(range(len(branches)), key=lambda k: -np.logaddexp(branches[k].mass(), _end(branches[k])))
-        return tuple(branches[k] for k in sorted(heaviest[:beam]))
+            return tuple(branches)
+        order = np.argsort(-masses, kind="stable")
+        self.lost += float(np.exp(logsumexp(masses[order[beam:]]) - logsumexp(masses)))
+        return tuple(branches[k] for k in sorted(order[:beam].tolist()))
 
     def joint(self) -> np.ndarray:
         """log P(x b) of each byte b, and log P(x, end), (257,); their sum is P(x), less what is not valid."""
@@ -199,10 +201,6 @@ class ByteState:
         lost = 1 - float(np.exp(logsumexp(masses[kept]) - logp))
         rest = unfinished(self.rest + bytes([byte]))
         return ByteState(self.model, tuple(children[k] for k in kept), logp, rest=rest, lost=self.lost + max(lost, 0.0))
-
-
-def _end(branch: Branch) -> float:
-    return branch.logw + np.log(branch.end) if branch.end > 0 else -np.inf
 
 
 class MeanState:

@@ -62,7 +62,10 @@ def reading(lm: LM, prompt: Any, *, whole: bool = False) -> tuple[tuple[int, ...
         if not isinstance(prompt, str) and prompt and prompt[-1]["role"] == "assistant":
             return _continued(lm, lm.encode_prompt(list(prompt[:-1])), prompt[-1]["content"], whole)
         return lm.encode_prompt(prompt), b""
-    return _continued(lm, (), prompt if isinstance(prompt, str) else prompt[0]["content"], whole)
+    if not isinstance(prompt, str):
+        lm.encode_prompt(prompt)  # refuses several turns, as there is no template for them
+        prompt = prompt[0]["content"]
+    return _continued(lm, (), prompt, whole)
 
 
 def _continued(lm: LM, context: tuple[int, ...], text: str | bytes, whole: bool) -> tuple[tuple[int, ...], bytes]:
