@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from pertoken.core import token_tree
 from pertoken.core.lm import LM
 from pertoken.core.token_tree import TokenTree
 from tests import tiny
@@ -24,8 +25,10 @@ def gpt2() -> LM:
         return LM(GPT2LMHeadModel(config).double().eval(), tiny.tokenizer(), name="gpt2")
 
 
+@pytest.mark.parametrize("slack", [1, 64])
 @pytest.mark.parametrize("make", [tiny.lm, gpt2])
-def test_branches_equal_whole_sequences_through_forgetting(make):
+def test_branches_equal_whole_sequences_through_forgetting(make, slack, monkeypatch):
+    monkeypatch.setattr(token_tree, "_SLACK", slack)
     lm, rng = make(), np.random.default_rng(0)
     tree, known = TokenTree(lm, CONTEXT), [()]
     for step in range(6):

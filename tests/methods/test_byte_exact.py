@@ -490,3 +490,15 @@ def test_bad_input():
             ByteExact(**options)
     with pytest.raises(ValueError, match="no models"):
         MeanState([])
+
+
+@pytest.mark.parametrize("make", [tiny.tokenizer, tiny.sentencepiece, lambda: tiny.sentencepiece("unigram", "first")])
+def test_every_prefix_of_an_encoding_is_canonical_as_a_prefix(make):
+    """Texts with runs of white space, emoji and scripts of several bytes, none of it in the brute force above."""
+    tokenizer, rng = make(), np.random.default_rng(0)
+    rules, view = canonical(byte_view(tokenizer)), byte_view(tokenizer)
+    texts = ["a\n\n\ny  \t\n x   é\n  😀 12345", *(tiny.random_text(rng, 20) for _ in range(8))]
+    for text in texts:
+        ids = tuple(tokenizer.encode(text, add_special_tokens=False))
+        assert b"".join(view.pieces(ids, at_start=True)) == text.encode()
+        assert rules.whole(ids) and all(rules.prefix(ids[:k]) for k in range(len(ids) + 1))

@@ -23,6 +23,7 @@ from .packing import evaluating, shares_prompts
 from .rollout import decoding
 
 History = tuple[int, ...]
+_SLACK = 64  # positions that are dead before the cache is copied without them
 
 
 class TokenTree:
@@ -78,8 +79,9 @@ class TokenTree:
         self._said = {h: said for h, said in self._said.items() if h in known}
         ways = {h[:k] for h in known for k in range(1, len(h) + 1)}
         rows = sorted((place, h) for h, place in self._place.items() if h in ways)
+        self._place = {h: place for place, h in rows}
         start = len(self.context)
-        if self._cache is not None and start + len(rows) < self._width:
+        if self._cache is not None and self._width - start - len(rows) >= _SLACK:
             index = torch.tensor([*range(start), *(place for place, _ in rows)], device=self.lm.device)
             for layer in self._cache.layers:
                 layer.keys, layer.values = layer.keys[:, :, index], layer.values[:, :, index]

@@ -42,7 +42,8 @@ class ByteModel:
         special = [k for k, i in enumerate(self.tree.context) if i in self.view.special_ids]
         self.said = self.tree.context[special[-1] + 1 if special else 0 :]
         """The part of the context that is text and what follows is spelt with."""
-        self.ranges, self.first = byte_ranges(self.view), byte_ranges(self.view, at_start=not self.said)
+        self.begins = not self.said
+        self.ranges, self.first = byte_ranges(self.view), byte_ranges(self.view, at_start=self.begins)
         self.rules = canonical(self.view) if search.mode == "canonical" else None
         if self.rules is not None and not self.rules.prefix(self.said):
             self.said = ()  # ids that the tokenizer would not give: what follows is judged without them

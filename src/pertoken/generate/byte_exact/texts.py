@@ -120,7 +120,7 @@ def tokens_of(lm: LM, state: ByteState | None, before: int, drawn: bytes) -> tup
     view, ranges = lm.view, byte_ranges(lm.view)
     best = max(state.branches(), key=lambda b: b.mass(), default=None) if state is not None else None
     history = best.history if best is not None else ()
-    pieces = view.pieces(history, at_start=not (state is not None and state.model.said))
+    pieces = view.pieces(history, at_start=state is not None and state.model.begins)
     ends = np.cumsum([0, *map(len, pieces)]).tolist()
     inner = [(i, p) for i, p, at in zip(history, pieces, ends, strict=False) if at >= before and p]
     start = next((at for at, p in zip(ends, pieces, strict=False) if at >= before and p), before + len(drawn))
