@@ -35,9 +35,9 @@ HERE = Path(__file__).resolve().parent
 class Options:
     """Options of the benchmark."""
 
-    texts: int = 4
+    texts: int = 3
     """Sentences."""
-    length: int = 60
+    length: int = 40
     """Bytes of each."""
     beam: int = 10
     """K of both."""
