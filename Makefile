@@ -43,6 +43,7 @@ bench: $(VENV)/.test $(VENV)/.bench  ## time an optimiser step of DPO against TR
 
 peers: $(VENV)/.test .peers/genlm/.installed  ## time a step of AWRS against genlm-control, in its own environment
 	$(BIN)/python benchmarks/awrs_step.py $(ARGS)
+peers: .peers/genlm/.done  ## install the tools that benchmarks run beside ours, each in an environment of its own
 
 docs: $(VENV)/.test  ## write the README's table and docs/methods/ from the catalog and results/
 	$(BIN)/python tools/readme.py
@@ -51,6 +52,12 @@ clean:  ## remove the environment and caches; runs/ stays
 	rm -rf build dist .pytest_cache .ruff_cache .peers
 	find src tests tools examples benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 	[ ! -f $(VENV)/pyvenv.cfg ] || rm -rf $(VENV)
+
+.peers/genlm/.done: constraints.txt
+	$(PYTHON) -m venv .peers/genlm
+	.peers/genlm/bin/python -m pip install --quiet $(PIP_FLAGS) --constraint constraints.txt torch
+	.peers/genlm/bin/python -m pip install --quiet $(PIP_FLAGS) --constraint constraints.txt genlm-bytes==0.2.0
+	@touch $@
 
 # Stamps. .base holds what no extra can name: torch, pinned before anything else asks for it (left to the resolver, Linux
 # takes the newest release and gigabytes of CUDA), and the embedded models without their dependencies. .test says that the

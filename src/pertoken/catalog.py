@@ -585,6 +585,17 @@ _ROWS = (
         stochastic=True,
     ),
     Method(
+        "byte-exact",
+        "generate",
+        "pertoken.generate.byte_exact:ByteExact",
+        "Next-byte distributions of token models: prompts that end inside a token, ensembles across vocabularies",
+        system="byte-exact",
+        paper="2410.09303",
+        family="decoding",
+        level="token",
+        stochastic=True,
+    ),
+    Method(
         "vader",
         "score",
         "pertoken.score.vader:Vader",
