@@ -278,4 +278,4 @@ def test_other_families():
             assert b"".join(map(symbols.piece, new)) == b"".join(map(symbols.piece, old)) and len(new) < len(old)
             assert [s for s in new if symbols.special(s)] == [s for s in old if symbols.special(s)]
             if tokenizer.backend_tokenizer.pre_tokenizer is not None:  # else base tokens cross words
-                assert sum(not symbols.special(s) for s in new) == words
+                assert sum(not symbols.special(s) for s in new) <= words  # some words are unknown, so special
