@@ -274,8 +274,9 @@ def test_other_families():
         method = DynamicTokenization(reduction=1.0)
         rows = method.encode(["the great plots were unbelievable", "a naïve friendship"], symbols)
         got = method.merge(rows, method.rule(symbols))
+        assert sum(map(len, got.rows)) < sum(map(len, rows))
         for new, old, words in zip(got.rows, rows, (5, 3)):
-            assert b"".join(map(symbols.piece, new)) == b"".join(map(symbols.piece, old)) and len(new) < len(old)
+            assert b"".join(map(symbols.piece, new)) == b"".join(map(symbols.piece, old))
             assert [s for s in new if symbols.special(s)] == [s for s in old if symbols.special(s)]
             if tokenizer.backend_tokenizer.pre_tokenizer is not None:  # else base tokens cross words
                 assert sum(not symbols.special(s) for s in new) <= words  # some words are unknown, so special
