@@ -6,7 +6,7 @@ string that is a base token becomes that token again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -143,12 +143,12 @@ def merge(
     merges: int | None = None,
     *,
     weights: Sequence[int] | None = None,
-    until: Callable[[], bool] | None = None,
+    least: int = 1,
 ) -> Merged:
     """Merge the most frequent valid pair of all rows, up to `merges` times (None: until there is none).
 
     Args:
-        weights: how often each row counts; default once. until: stop when this is true.
+        weights: how often each row counts; default once. least: occurrences that a merge needs.
 
     Raises:
         ValueError: a negative number of merges.
@@ -157,7 +157,7 @@ def merge(
         raise ValueError(f"merges={merges}: give 0 (the base tokens) or more, or None for all there are")
     counts = PairCounts(rows, boundary, boundary.symbols.joined, weights)
     steps, lengths = [], [counts.length]
-    while (merges is None or len(steps) < merges) and not (until and until()) and (best := counts.best()):
+    while (merges is None or len(steps) < merges) and (best := counts.best()) and best[1] >= least:
         steps.append(tuple(map(boundary.symbols.piece, best[0])))
         counts.merge(best[0])
         lengths.append(counts.length)
