@@ -66,6 +66,10 @@ class Index:
             self._index.hnsw.efConstruction = self._index.hnsw.efSearch = effort
         self._index.add(unit)
 
+    def probes(self, n: int) -> None:
+        """Look into n lists (ivf)."""
+        self._index.nprobe = n
+
     def search(self, hidden: Tensor, n: int = 20, candidates: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """The n places of the largest logits (Q, n) of states (Q, H), and those logits, exact, the largest first.
 
