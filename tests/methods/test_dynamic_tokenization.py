@@ -624,6 +624,32 @@ def test_generation_is_greedy_decoding_when_nothing_is_new():
         assert said.decode("utf-8", "replace").startswith(text) and len(text) >= len(said.decode("utf-8", "ignore"))
 
 
+def test_generation_ends():
+    """EOS is a candidate even where the index does not find it; rows that ended stay as they are."""
+    read = reader()
+    words = large(read)
+    index = Index(words.outputs, words.bias)
+    how = {"stop": [1], "most": 5}
+    got = generate(read, words, index, [[0, 70], [0]], draw=Draw(eos_bias=1e9, neighbours=2), **how)
+    assert got == [([1], ""), ([1], "")]
+    long = generate(read, words, index, [[0, 70]], draw=Draw(eos_bias=-1e9), **how)
+    assert len(long[0][0]) == 5 and 1 not in long[0][0]
+    with pytest.raises(ValueError, match="begin it with BOS"):
+        generate(read, words, index, [[0], []], **how)
+
+
+def test_longest_match_keeps_what_is_no_text_and_spaces_of_a_prefix():
+    read = reader()
+    half = [0, *(read.symbols.known(x) for x in (b"a", b"\xe3", b"\x81")), 1]
+    assert large(read).encode(half) == half
+    tokenizer = tiny.sentencepiece("unigram")
+    symbols = Symbols(tokenizer)
+    words = Vocabulary([*range(symbols.base)], Embeddings(tiny.llama(vocab=symbols.base), symbols))
+    ids = [1, *tokenizer.encode("the great plot", add_special_tokens=False)]
+    got = words.encode(ids)
+    assert got[0] == 1 and b"".join(map(symbols.piece, got)) == b" the great plot"
+
+
 def test_generation_over_a_large_vocabulary():
     """The next input is the predicted row; text comes in whole characters; draws are those of the seed and the row."""
     net = Hypernetwork.fresh(tiny.llama(), seed=1, width=16)

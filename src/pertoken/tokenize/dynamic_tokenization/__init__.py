@@ -89,7 +89,8 @@ class DynamicTokenization:
         return Boundary(symbols, self.boundary, self.compat == "reference")
 
     def merge(self, rows: Sequence[Sequence[int]], boundary: Boundary) -> Merged:
-        """Merge a batch of base ids (with their special tokens, without padding)."""
+        """Merge a batch of base ids (with their special tokens, without padding). With `per_example`, ``steps`` are
+        those of one row after the other, and ``lengths`` only before and after."""
         if self.per_example:
             alone = dataclasses.replace(self, per_example=False)
             found = [alone.merge([row], boundary) for row in rows]
@@ -143,8 +144,15 @@ class Retrofitted:
 
     @torch.no_grad()
     def prefill(self, rows: Sequence[Sequence[int]]) -> tuple[Any, Tensor, Tensor]:
-        """A cache that has read rows of symbols, padded on the left; the mask (N, T), the last hidden states (N, H)."""
+        """A cache that has read rows of symbols, padded on the left; the mask (N, T), the last hidden states (N, H).
+
+        Raises:
+            ValueError: an empty row.
+        """
         from transformers import DynamicCache
+
+        if not all(rows):
+            raise ValueError("a prompt without a token: nothing predicts the next one; begin it with BOS")
 
         embedded, mask = self.embeddings.inputs(rows, left=True)
         cache = DynamicCache(config=self.model.config)

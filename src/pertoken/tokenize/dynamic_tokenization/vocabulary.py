@@ -82,14 +82,19 @@ class Vocabulary:
     def encode(self, ids: Sequence[int]) -> list[int]:
         """Base ids (a prompt, its special tokens in place) read anew: within each pre-token the longest match first."""
         out: list[int] = []
-        said = bytearray()
+        said: list[int] = []
         for i in [*ids, None]:
             if i is not None and not self.symbols.special(i):
-                said += self.symbols.piece(i)
+                said.append(i)
                 continue
-            for word in pretokens(said.decode("utf-8"), self.symbols) if said else ():
-                out += self._longest_first(b"".join(map(self.symbols.piece, word)))
-            said.clear()
+            try:
+                text = b"".join(self.symbols.view.pieces(said, at_start=True)).decode("utf-8")
+            except UnicodeDecodeError:
+                out += said  # it was cut within a character: these tokens stay
+            else:
+                for word in pretokens(text, self.symbols) if text else ():
+                    out += self._longest_first(b"".join(map(self.symbols.piece, word)))
+            said = []
             out += [] if i is None else [i]
         return out
 
