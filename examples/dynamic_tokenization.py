@@ -210,7 +210,7 @@ def indexed(lm: LM, read: Retrofitted, options: Options) -> dict[str, Any]:
     before = time.monotonic()
     with gzip.open(folder() / "corpora" / "words_en.txt.gz", "rt", encoding="utf8") as file:
         words = file.read()
-    texts = [f" {w}" for w in words.split()] + words.split()
+    texts = [f" {w}" for w in words.split()]
     texts += [row["text"] for row in lines(folder() / "corpora" / "domains.jsonl.gz")[::10]]
     texts += [row["de"] for row in lines(folder() / "xquad" / "paragraphs.jsonl.gz") if row["paragraph"] < 200]
     vocabulary = Vocabulary(grow(texts, read.boundary, options.size), read.embeddings)

@@ -26,7 +26,7 @@ from pertoken.tokenize.dynamic_tokenization import (
     replay,
     reproduce,
 )
-from pertoken.tokenize.dynamic_tokenization.embeddings import random_split
+from pertoken.tokenize.dynamic_tokenization.merging import random_split
 from tests import tiny
 
 RULES = ("pretokens", "word", "word_hyphen", "sentence")

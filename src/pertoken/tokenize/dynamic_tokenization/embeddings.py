@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -25,9 +24,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ...core.head import Head, kl_divergence
+from ...core.head import Head, at_least_float32, kl_divergence
 from .._hypernetwork import Hypernetwork, Rows
-from .merging import Boundary, Merged, Symbols, merge
+from .merging import Boundary, Merged, Symbols, merge, random_split
 
 
 class Embeddings:
@@ -72,8 +71,7 @@ class Embeddings:
 
     def _decompose(self, piece: bytes) -> tuple[int, ...]:
         tokenizer, of = self.symbols.tokenizer, self.symbols.known
-        with_text = piece.decode("utf-8", "replace")
-        ids = tuple(tokenizer.encode(with_text, add_special_tokens=False)) if with_text.encode() == piece else ()
+        ids = tuple(tokenizer.encode(piece.decode("utf-8", "replace"), add_special_tokens=False))
         if ids and b"".join(map(self.symbols.piece, ids)) == piece:
             return ids
         out, start = [], 0  # no text (or not as the tokenizer writes it): the longest base token that begins it
@@ -91,9 +89,16 @@ class Embeddings:
 
     def fvt(self, parts: Sequence[Sequence[int]]) -> Rows:
         """Means of the parts' rows."""
-        rows = [self._source(some) for some in parts]
-        means = [torch.stack([x[k].mean(0) for x in rows]) for k in (0, 1)]
-        return means[0], means[1], torch.stack([x[2].mean() for x in rows])
+        sizes = torch.tensor([len(some) for some in parts])
+        owner = torch.arange(len(parts)).repeat_interleave(sizes).to(self.table.weight.device)
+        rows = self._source([i for some in parts for i in some])
+
+        def mean(x: Tensor) -> Tensor:
+            wide = at_least_float32(x.reshape(len(x), -1))
+            total = wide.new_zeros(len(parts), wide.shape[1]).index_add(0, owner, wide)
+            return (total / sizes.to(x.device)[:, None]).reshape(-1, *x.shape[1:]).to(x.dtype)
+
+        return mean(rows[0]), mean(rows[1]), mean(rows[2])
 
     def _source(self, ids: Sequence[int]) -> Rows:
         where = torch.as_tensor(ids, device=self.table.weight.device)
@@ -153,17 +158,6 @@ class Embeddings:
         return embedded, torch.from_numpy(mask).to(device)
 
 
-def random_split(piece: bytes, symbols: Symbols, rng: np.random.Generator, most: int = 6) -> list[int] | None:
-    """Cut bytes at random into 2 to `most` base tokens; None if eight draws give none."""
-    for _ in range(8):
-        cuts = rng.choice(len(piece) - 1, int(rng.integers(1, min(most, len(piece)))), replace=False) + 1
-        ends = [0, *sorted(cuts.tolist()), len(piece)]
-        ids = [symbols.known(piece[a:b]) for a, b in pairwise(ends)]
-        if all(i is not None and i < symbols.base for i in ids):
-            return [i for i in ids if i is not None]
-    return None
-
-
 def reproduce(
     embeddings: Embeddings, *, steps: int = 2000, batch: int = 512, lr: float = 3e-4, seed: int = 0
 ) -> list[float]:
@@ -173,8 +167,11 @@ def reproduce(
     usable = [i for i in range(symbols.base) if not symbols.special(i) and len(symbols.piece(i)) > 1]
     optimizer, losses = torch.optim.Adam(net.parameters(), lr=lr), []
     for _ in range(steps):
-        drawn = rng.choice(usable, batch).tolist()
-        pairs = [(i, p) for i in drawn if (p := random_split(symbols.piece(i), symbols, rng, net.parts))]
+        pairs = [
+            (i, p)
+            for i in rng.choice(usable, batch).tolist()
+            if (p := random_split(symbols.piece(i), symbols, rng, net.parts))
+        ]
         made, real = embeddings.predict([p for _, p in pairs]), embeddings.fvt([(i,) for i, _ in pairs])
         errors = [(m.float() - r.float()).square().mean() / net.scale**2 for m, r in zip(made, real)]
         loss = torch.stack(errors).sum()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -190,3 +191,14 @@ def merges_for(curves: Sequence[Sequence[int]], share: float) -> int:
     longest = max(map(len, curves))
     total = np.sum([[*curve, *[curve[-1]] * (longest - len(curve))] for curve in curves], 0)
     return int(np.argmax(total[0] - total >= share * (total[0] - total[-1]) - 1e-9))
+
+
+def random_split(piece: bytes, symbols: Symbols, rng: np.random.Generator, most: int = 6) -> list[int] | None:
+    """Cut bytes at random into 2 to `most` base tokens; None if eight draws give none."""
+    for _ in range(8):
+        cuts = rng.choice(len(piece) - 1, int(rng.integers(1, min(most, len(piece)))), replace=False) + 1
+        ends = [0, *sorted(cuts.tolist()), len(piece)]
+        ids = [symbols.known(piece[a:b]) for a, b in pairwise(ends)]
+        if all(i is not None and i < symbols.base for i in ids):
+            return [i for i in ids if i is not None]
+    return None
