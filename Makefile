@@ -41,9 +41,8 @@ fix: $(VENV)/.dev  ## format, and repair what lint can repair
 bench: $(VENV)/.test $(VENV)/.bench  ## time an optimiser step of DPO against TRL
 	$(BIN)/python benchmarks/preference_step.py $(ARGS)
 
-peers: $(VENV)/.test .peers/genlm/.installed  ## time a step of AWRS against genlm-control, in its own environment
+peers: $(VENV)/.test .peers/genlm/.installed  ## install the peers of benchmarks in environments of their own, and time ours beside them
 	$(BIN)/python benchmarks/awrs_step.py $(ARGS)
-peers: .peers/genlm/.done  ## install the tools that benchmarks run beside ours, each in an environment of its own
 
 docs: $(VENV)/.test  ## write the README's table and docs/methods/ from the catalog and results/
 	$(BIN)/python tools/readme.py
@@ -52,12 +51,6 @@ clean:  ## remove the environment and caches; runs/ stays
 	rm -rf build dist .pytest_cache .ruff_cache .peers
 	find src tests tools examples benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 	[ ! -f $(VENV)/pyvenv.cfg ] || rm -rf $(VENV)
-
-.peers/genlm/.done: constraints.txt
-	$(PYTHON) -m venv .peers/genlm
-	.peers/genlm/bin/python -m pip install --quiet $(PIP_FLAGS) --constraint constraints.txt torch
-	.peers/genlm/bin/python -m pip install --quiet $(PIP_FLAGS) --constraint constraints.txt genlm-bytes==0.2.0
-	@touch $@
 
 # Stamps. .base holds what no extra can name: torch, pinned before anything else asks for it (left to the resolver, Linux
 # takes the newest release and gigabytes of CUDA), and the embedded models without their dependencies. .test says that the
@@ -77,5 +70,5 @@ $(VENV)/.%: $(VENV)/.base pyproject.toml
 # Peers whose pins would clash with ours: they exchange arrays with a benchmark through files.
 .peers/genlm/.installed:
 	$(PYTHON) -m venv .peers/genlm
-	.peers/genlm/bin/python -m pip install --quiet $(PIP_FLAGS) genlm-control==0.4.1 torch==2.13.0
+	.peers/genlm/bin/python -m pip install --quiet $(PIP_FLAGS) genlm-control==0.4.1 genlm-bytes==0.2.0 torch==2.13.0
 	@touch $@

@@ -487,6 +487,18 @@ _ROWS = (
         item="text",
     ),
     Method(
+        "dynamic-tokenization",
+        "tokenize",
+        "pertoken.tokenize.dynamic_tokenization:DynamicTokenization",
+        "Frequent neighbouring tokens of a batch merged on the fly, their embeddings predicted: shorter sequences",
+        system="dynamic-tokenization",
+        paper="2411.18553",
+        family="tokenization",
+        level="token",
+        item="text",
+        batch_coupled=True,
+    ),
+    Method(
         "bleuberi-select",
         "select",
         "pertoken.select.bleuberi_select:BleuberiSelect",
