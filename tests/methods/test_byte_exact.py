@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pertoken.core.byte_ranges import byte_ranges
 from pertoken.core.bytes import byte_view
-from pertoken.core.lm import LM
+from pertoken.core.lm import LM, load
 from pertoken.core.rollout import Sampling
 from pertoken.core.token_tree import TokenTree
 from pertoken.generate.byte_exact import (
@@ -502,3 +502,20 @@ def test_every_prefix_of_an_encoding_is_canonical_as_a_prefix(make):
         ids = tuple(tokenizer.encode(text, add_special_tokens=False))
         assert b"".join(view.pieces(ids, at_start=True)) == text.encode()
         assert rules.whole(ids) and all(rules.prefix(ids[:k]) for k in range(len(ids) + 1))
+
+
+@pytest.mark.slow
+def test_smollm2():
+    """A prompt cut inside a word; 21 bytes that are no token, of probability 0; what its regular expression splits."""
+    lm = load("smollm2", template="plain")
+    cut = "The committee decided that the new building would be constructed near the railway sta"
+    exact = -ByteExact().logps(lm, cut, b"tion").sum() / math.log(2)
+    naive = -ByteExact(mode="all").logps(lm, lm.encode_prompt(cut), b"tion").sum() / math.log(2)
+    assert exact < 0.1 and naive > 5 * exact
+    ranges = byte_ranges(lm.view)
+    nodes = [ranges.find(bytes([b])) for b in range(256)]
+    assert sum(node is None or not len(ranges.ending(node)) for node in nodes) == 21
+    assert ByteExact().logps(lm, "a word ", b"\xc0").tolist() == [-math.inf]
+    encode = lambda text: tuple(lm.tokenizer.encode(text, add_special_tokens=False))
+    rules, split = canonical(lm.view), encode("\n\ny")
+    assert len(split) == 3 and len(encode("\n\n")) == 1 and rules.prefix(split[:2]) and not rules.whole(split[:2])
