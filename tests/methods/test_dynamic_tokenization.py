@@ -374,6 +374,7 @@ def test_prediction_does_not_depend_on_the_batch():
     model = tiny.llama()
     net = Hypernetwork.fresh(model, seed=2, width=16)
     torch.nn.init.normal_(net.leave.weight)
+    torch.nn.init.normal_(net.place)  # an untrained one knows no order
     made = Embeddings(model, Symbols(tiny.tokenizer()), net)
     some = [(40, 41), (50, 51, 52, 53, 54, 55, 56, 57), (60,)]
     together, means = made.predict(some), made.fvt(some)
