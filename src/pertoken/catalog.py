@@ -443,6 +443,18 @@ _ROWS = (
         item="text",
     ),
     Method(
+        "word-pooled",
+        "tokenize",
+        "pertoken.tokenize.word_pooled:WordPooled",
+        "A language model over words, pooled from their bytes and spelled byte by byte: no vocabulary",
+        system="word-pooled",
+        paper="2310.11628",
+        family="tokenization",
+        level="token",
+        item="text",
+        stochastic=True,
+    ),
+    Method(
         "bleuberi-select",
         "select",
         "pertoken.select.bleuberi_select:BleuberiSelect",
