@@ -41,7 +41,7 @@ PATTERNS = {  # and three texts that match
     r"#[0-9a-f]{6}": "#ff0000 #00ff7f #1a2b3c",
     r"[a-z]+@[a-z]+\.(com|org|net)": "anna@mail.com info@site.org bob@home.net",
     r"https?://[a-z]+\.com(/[a-z]+)?": "http://example.com https://shop.com/cart https://news.com/sport",
-    r"\(\d{3}\) \d{3}-\d{4}": "(415) 555-0199 (212) 555-1234 (800) 555-4321",
+    r"\(\d{3}\) \d{3}-\d{4}": "(415) 555-0199|(212) 555-1234|(800) 555-4321",
     r"[A-Z]{2}\d{4}": "AB1234 QX9087 LM5521",
     r"\$\d+\.\d{2}": "$19.99 $5.00 $120.50",
     r"\d+%": "50% 7% 100%",

@@ -6,13 +6,13 @@ is held fixed and not ranked. B = 4 probes, ratio 0.3, uniform replacements, no 
 the cue first in at least 50 % and among the first three in at least 80 % of the free tokens; mean Soft-NC above random
 scores and above last-layer attention; at most 70 forwards of batch 4 a target.
 
-Missed: first in 0.40, in the top 3 in 0.65 of 20 prompts, and Soft-NC (0.51) is not above random scores' (0.53; attention
-0.39). The shares rise with the steps (first: 0.30 after 20 and 40, 0.40 after 60; top 3: 0.40, 0.40, 0.65), so 60 steps
-of four probes end in the noise of the masks. No remedy was measured yet.
+Missed: first in 0.40, in the top 3 in 0.65 of 20 prompts, and Soft-NC (0.51) is not above random scores' (0.53;
+attention 0.39). The shares rise with the steps (first: 0.30 after 20 and 40, 0.40 after 60; top 3: 0.40, 0.40, 0.65),
+so 60 steps of four probes end in the noise of the masks. No remedy was measured yet.
 
 Also printed: the rank of the cue after 20, 40 and 60 steps, and with a clause that is free.
 
-    python examples/reagent.py           20 prompts (about ten minutes on one core: 61 forwards of batch 4 each, and the metrics)
+    python examples/reagent.py           20 prompts (ten minutes on one core: 61 forwards of batch 4 each)
     python examples/reagent.py --n 4     a look
 """
 

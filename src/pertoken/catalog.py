@@ -497,6 +497,8 @@ _ROWS = (
         level="token",
         item="text",
         batch_coupled=True,
+    ),
+    Method(
         "word-pooled",
         "tokenize",
         "pertoken.tokenize.word_pooled:WordPooled",
