@@ -151,7 +151,7 @@ def small_world() -> World:
         test=split["test"],
         sampling=Sampling(max_new_tokens=40),
         pairs=480,
-        config=LoopConfig(lr=1e-3, batch_size=16, steps=60, warmup=0.1),
+        config=LoopConfig(lr=3e-4, batch_size=16, steps=60, warmup=0.1),
         margin=1.0,
         each=4,
     )
