@@ -1,0 +1,181 @@
+"""Which model knows the next word: pooled words, bytes or subwords, at equal time and equal size?
+
+Three arms from scratch on Tiny Shakespeare (PERTOKEN_DATA's corpora), normalised as in the release (punctuation apart,
+single spaces), each with a space before every word; the last fifth of the text is held out. All have blocks of the same
+kind and width, parameters within 10 % of each other (the baselines' layers are chosen so), the same windows of words in
+training, and the same number of seconds. Of held-out words, each with half a window of context or more, all arms are
+asked the same: the greedy spelling up to the next space, as a string.
+
+Seconds are of processor time on a CPU, of the clock on an accelerator.
+
+The bound belongs to --full: word accuracy at least 1.3 times the byte model's and 1.0 times the subword model's, and on
+words seen 1 to 9 times in training twice the subword model's (undecided below 20 hits in both). The default run is too
+short for one; it prints the arms and judges nothing.
+
+    python examples/word_pooled.py           2 layers x 128, p = 2, windows of 32 words, 50 s an arm (three minutes)
+    python examples/word_pooled.py --full    4 layers x 256, p = 4, windows of 64 words, two seeds (minutes on a GPU)
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+
+from pertoken.results import save_result
+from pertoken.tokenize.word_pooled import Spelling, WordPooled
+from pertoken.tokenize.word_pooled import measure as m
+from pertoken.tokenize.word_pooled.codec import normalise
+
+LONGEST = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How much of everything."""
+
+    width: int = 128
+    layers: int = 2
+    prefix: int = 2
+    window: int = 32
+    vocabulary: int = 2048
+    """Of the subword model."""
+    seconds: float = 50.0
+    batch: int = 16
+    words: int = 3000
+    """Held-out words."""
+
+
+FULL = Size(width=256, layers=4, prefix=4, window=64, vocabulary=4096, seconds=60.0, batch=32, words=10_000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of the example."""
+
+    seeds: tuple[int, ...] = ()
+    """Default: 1; with --full 1 and 2."""
+    full: bool = False
+    """The specification's size, whose bound is judged."""
+    seconds: float | None = None
+    """Of training an arm, if other than the size's."""
+    device: str = ""
+    """Default: an accelerator if there is one."""
+    save: bool = False
+    """Write results/word-pooled.json."""
+
+
+def text() -> str:
+    """Tiny Shakespeare, normalised, with a space before every word.
+
+    Raises:
+        ValueError: PERTOKEN_DATA is not set.
+    """
+    folder = os.environ.get("PERTOKEN_DATA")
+    if not folder:
+        raise ValueError("set PERTOKEN_DATA to the folder that holds corpora/tinyshakespeare.txt.gz")
+    with gzip.open(Path(folder) / "corpora" / "tinyshakespeare.txt.gz", "rt", encoding="utf8") as file:
+        return " " + normalise(file.read())
+
+
+def arms(size: Size, words: list[bytes], held: list[bytes], seed: int) -> dict[str, Any]:
+    """The three, with random weights; parameters of the baselines as near the pooled model's as whole layers allow."""
+    heads, every = max(1, size.width // 32), [*words, *held]
+    # chunks of the longest words may make a window longer than its words: half as many places more
+    options = WordPooled(
+        prefix=size.prefix, width=size.width, layers=size.layers, heads=heads, spelling=Spelling(layers=1, heads=4),
+        block=size.window + size.window // 2, longest=LONGEST, dropout=0.1,
+    )  # fmt: skip
+    codec = options.codec()
+    out: dict[str, Any] = {"word-pooled": m.PooledArm(options.build(codec, seed=seed), codec)}
+    count = lambda model: sum(p.numel() for p in model.parameters())
+    target = count(out["word-pooled"].model)
+    joined = b"".join(words).decode()
+    for name, (pieces, cut) in {
+        "bytes": m.byte_pieces(),
+        "subwords": m.subword_pieces(joined, size.vocabulary),
+    }.items():
+        sizes = {word: len(cut(word)) for word in set(every)}
+        total = np.cumsum([0, *(sizes[word] for word in every)])
+        # a few places more than the longest window, for words that are spelled in more pieces
+        places = int((total[size.window :] - total[: -size.window]).max()) + 16
+        made = [options.baseline(len(pieces), places, layers, seed=seed) for layers in range(1, 2 * size.layers + 4)]
+        model = min(made, key=lambda model: abs(count(model) / target - 1))
+        if abs(count(model) / target - 1) > 0.1:
+            raise ValueError(f"{name}: {count(model)} parameters, {target} of the pooled model; change vocabulary")
+        out[name] = m.GPTArm(model, pieces, cut)
+    return out
+
+
+def main(options: Options) -> None:
+    """Run it and print the table."""
+    size = FULL if options.full else Size()
+    seconds = size.seconds if options.seconds is None else options.seconds
+    seeds = options.seeds or ((1, 2) if options.full else (1,))
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    every = [f" {word}".encode() for word in text().split()]
+    words, held = every[: len(every) * 4 // 5], every[len(every) * 4 // 5 :][: size.words]
+    seen = Counter(words)
+    print(f"{len(words)} words to learn from, {len(held)} held out; {seconds:g} s an arm on {device}", flush=True)
+    found: dict[str, list[m.Measured]] = {}
+    for seed in seeds:
+        for name, arm in arms(size, words, held, seed).items():
+            arm.model.to(device)
+            how: dict[str, Any] = {"window": size.window, "batch": size.batch, "lr": 1e-3, "seed": seed}
+            steps = m.train(arm, words, seconds=seconds, **how)
+            result = m.measure(arm, held, size.window)
+            found.setdefault(name, []).append(result)
+            rare = {f"{low}-{high or ''}": pair for (low, high), pair in result.buckets(seen).items()}
+            print(
+                f"{name}, seed {seed}: {sum(p.numel() for p in arm.model.parameters()):,} parameters, {steps} steps; "
+                f"next word {result.word_accuracy:.4f}, unit {result.unit_accuracy:.4f}, "
+                f"{result.bits_per_byte:.4f} bits a byte; hits by training count {rare}",
+                flush=True,
+            )
+    mean = lambda name, what: float(np.mean([getattr(f, what) for f in found[name]]))
+    accuracy = {name: mean(name, "word_accuracy") for name in found}
+    rare = {name: np.sum([f.buckets(seen)[1, 10] for f in found[name]], axis=0).tolist() for name in found}
+    pooled, subword = rare["word-pooled"][0], rare["subwords"][0]
+    decided = max(pooled, subword) >= 20
+    ratios = [accuracy["word-pooled"] / max(accuracy[name], 1e-9) for name in ("bytes", "subwords")]
+    enough = ratios[0] >= 1.3 and ratios[1] >= 1.0 and (pooled >= 2 * subword or not decided)
+    reached = bool(enough) if options.full else None
+    verdict = "" if reached is None else f": {'reached' if reached else 'MISSED'}"
+    said = f"words seen 1-9 times, hits of words: {rare}" + ("" if decided else " (undecided: below 20 hits)")
+    print(
+        f"next-word accuracy over the byte model's {ratios[0]:.3f}, over the subword model's {ratios[1]:.3f}{verdict}"
+    )
+    print(said)
+    if options.save:
+        rows = [
+            {"metric": "bits a byte", "value": mean("word-pooled", "bits_per_byte"), "baseline": name,
+             "baseline_value": mean(name, "bits_per_byte")} for name in ("bytes", "subwords")
+        ]  # fmt: skip
+        other = {"metric": "next-word accuracy", "value": accuracy["word-pooled"], "baseline": "bytes"}
+        save_result(
+            "word-pooled",
+            metric="next-word accuracy on held-out words, greedy spelling to the next space",
+            value=accuracy["word-pooled"],
+            interval=None,
+            baseline="subwords, equal seconds and parameters",
+            baseline_value=accuracy["subwords"],
+            bound="1.3 times the byte model, 1.0 times the subword model, twice it on words seen 1-9 times"
+            + ("" if options.full else " (of --full; not judged)"),
+            reached=reached,
+            world=f"Tiny Shakespeare, {size.layers} layers x {size.width}, p = {size.prefix}, "
+            f"{seconds:g} s an arm ({device})",
+            seeds=seeds,
+            notes=said,
+            rows=[{**other, "baseline_value": accuracy["bytes"]}, *rows],
+        )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
