@@ -20,8 +20,8 @@ stay), expanded in logit space, where a steep sigmoid keeps its slope. Both are 
 figure. Neither was tried on the openings that are reported before the run that wrote the result.
 
 Missed on the 20 reported openings: SPC 55 % judged positive and with the verifier as trained 70 %, against 58 % of
-top-5 sampling, 77 % of best-of-5 and 90 % of best-of-30, which costs as much. The sharper verifier pleases itself (85 %)
-and not the judge.
+top-5 sampling, 77 % of best-of-5 and 90 % of best-of-30, which costs as much. The sharper verifier pleases itself
+(85 %) and not the judge.
 
     python examples/spc.py            two to three minutes
     python examples/spc.py --full     40 prompts, 20 tokens, k = 10, 2 look-ahead samples: half an hour
