@@ -201,7 +201,7 @@ def test_a_real_parser_that_fails_on_a_sentence_falls_back(monkeypatch):
 RULES = [Fixed(n=1), Fixed(n=3), Randomized(repeat_times=1), Perplexity(), Perplexity(cut="after"), Parsed(cutoff=3)]
 
 
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{type(rule).__name__}-{getattr(rule, 'n', '') or getattr(rule, 'cut', '')}")
+@pytest.mark.parametrize("rule", RULES, ids=[f"{type(rule).__name__}-{k}" for k, rule in enumerate(RULES)])
 def test_every_rule_cuts_all_of_a_response_in_order(rule):
     """Starts strictly increase from 0, lengths add up to the response's, its last token is one alone; holes or not."""
     rng = np.random.default_rng(0)
