@@ -48,7 +48,7 @@ class Size:
     vocabulary: int = 2048
     """Of the subword model."""
     seconds: float = 50.0
-    batch: int = 16
+    batch: int = 8
     words: int = 3000
     """Held-out words."""
 

@@ -45,8 +45,9 @@ class PooledArm:
         self.model, self.codec = model, codec
 
     def batch(self, windows: Windows) -> Tensor:
-        """Rows of words [B, w, c0]."""
-        return torch.nn.utils.rnn.pad_sequence([self.codec.encode(w) for w in windows], batch_first=True)
+        """Rows of words [B, w, c], as wide as the longest of them: padding changes nothing."""
+        ids = torch.nn.utils.rnn.pad_sequence([self.codec.encode(w) for w in windows], batch_first=True)
+        return ids if self.codec.mode == "reference" else ids[..., : int((ids != PAD).sum(-1).max())]
 
     @torch.no_grad()
     def judge(self, windows: Windows, skip: int) -> tuple[list[bool], list[float], tuple[int, int]]:
@@ -166,8 +167,7 @@ def subword_pieces(text: str, vocabulary: int) -> tuple[list[bytes], Callable[[b
 
 
 def word_pieces(words: Sequence[bytes], vocabulary: int) -> tuple[list[bytes], Callable[[bytes], Sequence[int]]]:
-    """Pieces and cut of the closed vocabulary: the most frequent words; any other is one unknown piece without bytes,
-    which never is a hit."""
+    """Pieces and cut of the closed vocabulary: the most frequent words; any other is unknown and never a hit."""
     known = [word for word, _ in Counter(words).most_common(vocabulary - 1)]
     ids = {word: i + 1 for i, word in enumerate(known)}
     return [b" \xff", *known], lambda word: [ids.get(word, 0)]
@@ -202,7 +202,7 @@ def train(arm: Any, words: Sequence[bytes], *, seconds: float, window: int, batc
 
 @dataclass(frozen=True)
 class Measured:
-    """Held-out figures: of every word a hit or not and its nats; right and all units; bytes."""
+    """Held-out figures: of every word a hit or not and its nats; right and all units."""
 
     words: tuple[bytes, ...]
     hits: np.ndarray
