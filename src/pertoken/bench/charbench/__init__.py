@@ -178,15 +178,20 @@ class CharBench:
             prompts: what is asked instead of `Question.prompt`.
         """
         asked = list(prompts) if prompts is not None else [q.prompt for q in questions]
-        groups = [
-            [lm.trace(p, f"{c}\n", ended=False) for c in q.candidates] for q, p in zip(questions, asked, strict=True)
-        ]
-        scores: list[dict[int, float]] = [{} for _ in questions]
-        for packed in pack(groups, cost=Cost.of(lm.causal), max_tokens=4096):
-            stats = token_stats({"policy": lm}, packed, Needs({"policy": frozenset({"logp"})}))["policy"]
-            for (g, k), value in zip(packed.order, stats.sums().tolist(), strict=True):
-                scores[g][k] = value
-        return [q.candidates[max(s, key=s.__getitem__)] for q, s in zip(questions, scores, strict=True)]
+        out = []
+        for start in range(0, len(questions), 64):  # masks of packed rows are dense, so a few questions at a time
+            some = questions[start : start + 64]
+            groups = [
+                [lm.trace(p, f"{c}\n", ended=False) for c in q.candidates]
+                for q, p in zip(some, asked[start : start + 64], strict=True)
+            ]
+            scores: list[dict[int, float]] = [{} for _ in some]
+            for packed in pack(groups, cost=Cost.of(lm.causal), max_tokens=1024):
+                stats = token_stats({"policy": lm}, packed, Needs({"policy": frozenset({"logp"})}))["policy"]
+                for (g, k), value in zip(packed.order, stats.sums().tolist(), strict=True):
+                    scores[g][k] = value
+            out += [q.candidates[max(s, key=s.__getitem__)] for q, s in zip(some, scores, strict=True)]
+        return out
 
 
 def grade(questions: Sequence[Question], responses: Sequence[str | None], how: Any = "strict") -> list[Graded]:
