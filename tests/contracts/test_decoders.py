@@ -35,6 +35,7 @@ class Verifier:
 MADE: dict[str, Callable[[LM, Any], Any]] = {
     "genarm": lambda lm, kind: kind(arms=tiny.lm(1, dtype=torch.float32), alpha=(0.7,)),
     "best-of-n": lambda lm, kind: kind(candidates=3, scorer=lambda text: float(text.count("e"))),
+    "awrs": lambda lm, kind: kind(constraint="regex:[a-z ]{0,12}"),
     "spc": lambda lm, kind: kind(verifier=Verifier(lm), candidates=3, lookahead=2),
     "lm-cascades": lambda lm, kind: kind(large=tiny.lm(1, dtype=torch.float32), threshold=4.0),
 }
