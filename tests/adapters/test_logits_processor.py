@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false
 """A guide inside transformers' own `generate`: what our decoder draws, and what is refused."""
 
 import math

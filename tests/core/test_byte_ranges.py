@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportOptionalMemberAccess=false
 """Ids in the order of their bytes."""
 
 import numpy as np

@@ -1,3 +1,4 @@
+# pyright: reportAttributeAccessIssue=false
 """Appropriateness rewriting: alignments against brute force and a plain copy of the release's recursion, matching by
 hand, mixtures, templates, the classifier against scikit-learn's own, the corpus, and where credit stands."""
 

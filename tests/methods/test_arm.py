@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 """The objective of the autoregressive reward model: by hand, DPO's with a reference of 0, and what is not counted."""
 
 import math

@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false
 """Constraints of bytes against brute force: every string over a small alphabet, whole and in pieces."""
 
 import itertools

@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false
 """Proper weighting by enumeration: every path of every estimator at every budget, with its probability."""
 
 import math

@@ -1,3 +1,4 @@
+# pyright: reportOptionalMemberAccess=false
 """Best of n: the best of the same draws, ties to the first."""
 
 import pytest

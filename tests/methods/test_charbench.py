@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportOptionalOperand=false
 """CharBench: generation, grading, features from offsets, the analysis by hand."""
 
 import math

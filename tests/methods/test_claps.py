@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false
 """ClaPS: rewards by hand, influence and pruning identities, searches on a known landscape, and a real model."""
 
 import math

@@ -1,3 +1,5 @@
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportOptionalMemberAccess=false, reportOptionalOperand=false
 """Dynamic tokenization: merging against a fresh count each time, embeddings, scoring, the large vocabulary."""
 
 from collections import Counter

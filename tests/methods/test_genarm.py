@@ -1,3 +1,5 @@
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportOptionalMemberAccess=false, reportOptionalSubscript=false
 """Guided decoding: the formula, its identities, weights of each request's own, and what must be refused."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalSubscript=false
 """ICN: the loop against a by-hand one, its identities, the probe's table, and votes."""
 
 import math

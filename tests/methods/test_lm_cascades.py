@@ -1,3 +1,5 @@
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false, reportOptionalMemberAccess=false, reportOptionalOperand=false
 """LM cascades: scores, curves and learned rules by hand; the cascade calls the large model for what it defers, only."""
 
 import math

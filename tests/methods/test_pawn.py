@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 """PAWN: the network's size and identities, the loss by hand, the metrics at their limits, baselines, and files."""
 
 import math

@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false
 """ReAGent: the update by hand, its identities, samplers that never repeat a token, stopping, and the soft metrics."""
 
 import math

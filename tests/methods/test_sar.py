@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false
 """SAR: relevance, the sentence score in logs, the identities of the specification, and what breaks it."""
 
 import math

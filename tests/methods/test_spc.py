@@ -1,3 +1,5 @@
+# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportOptionalMemberAccess=false, reportOptionalOperand=false
 """SPC: the arithmetic against enumerations in float64, the guide against brute force on a tiny model."""
 
 import copy

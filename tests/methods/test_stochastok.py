@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false
 """StochasTok: the table of splits, what expansion keeps, and how it goes into traces and training data."""
 
 import numpy as np

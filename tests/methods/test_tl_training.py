@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false
 """TL-Training: which turns are imitated, which tokens are key, the weighted mean, and PPO's settings."""
 
 import math

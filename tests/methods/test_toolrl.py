@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false
 """ToolRL's reward by hand, its identities, every variant, and where its parts stand."""
 
 import json

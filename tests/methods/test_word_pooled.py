@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportOptionalMemberAccess=false
 """Word-pooled: the codec to the byte, what each part of the model may see, probabilities that sum to one, metrics."""
 
 import itertools

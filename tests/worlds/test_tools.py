@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 """The tools world: problems, answers in both forms, mistakes at their rates, and rewards that agree with them."""
 
 import dataclasses
