@@ -66,10 +66,11 @@ def fit(
     skipped = [1 if unscored is None else unscored[i] for i in by_length]
     rows = [rows[i] for i in by_length]
     order = np.random.default_rng((seed, 1)).permutation(steps := len(rows) // batch)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        fresh = LlamaForCausalLM(LlamaConfig(**size, pad_token_id=0, bos_token_id=1, eos_token_id=2)).float()
-    model = fresh if start is None else start
+    model = start
+    if model is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = LlamaForCausalLM(LlamaConfig(**size, pad_token_id=0, bos_token_id=1, eos_token_id=2)).float()
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     model.train()
     for step in track(range(steps), description, console=Console(stderr=True), disable=not progress):
