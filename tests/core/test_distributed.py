@@ -51,7 +51,7 @@ def launch(tmp_path: Path, call: str, *flags: str) -> Path:
     told = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(words, cwd=tmp_path, env=os.environ | settings, **told) as running:
         try:
-            output, _ = running.communicate(timeout=150)
+            output, _ = running.communicate(timeout=300)
         except BaseException:  # processes that wait for each other; killed, the launcher would leave them
             running.terminate()
             running.wait(30)
