@@ -19,6 +19,8 @@ CHAIN_OF_DRAFT = (
 
 
 def demonstration(lm: Any, group: Group) -> Trace:
-    """The row's demonstration after its prompt."""
+    """The row's demonstration after its prompt; without that column, the chosen response of a pair."""
+    if "demonstration" not in group.example.extra:
+        return with_row(group, group.pair[0])
     ids, pieces = lm.encode_completion(str(group.example.extra["demonstration"]))
     return with_row(group, lm.trace_of_ids(group.prompt_ids, ids, pieces, ended=True))
