@@ -31,7 +31,7 @@ from ..core.irl import IRL
 from ..core.policy_loss import PolicyLoss
 from ..core.protocols import Batch, Loss
 from ..core.stats import Stats
-from ._demonstrated import Demonstrated, Scaling
+from ._demonstrated import INACTIVE, Demonstrated, Scaling
 from ._policy_gradient import LOGP, SEEN, example_columns, policy_gradient_loss
 
 
@@ -94,3 +94,6 @@ class DRIRL(Demonstrated):
     def loss(self, stats: Mapping[str, Stats], batch: Batch, state: nn.Module | None = None) -> Loss:
         """The policy's loss on a minibatch of rollouts."""
         return policy_gradient_loss(stats, batch, self.policy_loss, self.rollouts.sampling.max_new_tokens)
+
+
+__all__ = ["DRIRL", "INACTIVE", "Scaling"]
