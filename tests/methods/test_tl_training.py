@@ -216,10 +216,13 @@ def test_rendering():
             "required": ["q"],
         },
     }
-    assert signatures([tool]) == (
-        'Function:\ndef find(q: str, n: int = None):\n    """\n    Finds.\n\n    Args:\n        q (str): \n'
-        '        n (int): how many\n    """'
+    said = (
+        'Function:\ndef find(q: str, n: int = None):\n    """\n    Finds.\n\n    Args:\n    q (str): \n'
+        '    n (int): how many\n    """'
     )
+    now = 'Function:\ndef now():\n    """\n    Tells the time.\n\n    Args:\n    """'
+    assert signatures([tool]) == said
+    assert signatures([tool, {"name": "now", "description": "Tells the time."}]) == f"{said}\n\n{now}"
     assert spoken_call("find", {"q": "é", "n": [1, True]}) == 'find(q="é", n=[1, true])'
 
 
