@@ -214,7 +214,8 @@ class TLTraining:
 
 def irm_ppo(**changes: Any) -> PPO:
     """PPO with the settings of IRM: one greedy rollout a prompt, learned from once, KL penalty 0.3 on every token, the
-    reward on the last; GAE without whitening, values at half of the actor's rate. Theirs is a critic of its own; ours
+    reward where its credit stands (theirs: on the last; see `changes`); GAE without whitening,
+    values at half of the actor's rate. Theirs is a critic of its own; ours
     shares the policy's layers, so that its loss has weight 0.1 (at 1 it pulled a small policy apart). Their clamp of
     the reward to [-5, 5] does nothing to -2..1.
 
