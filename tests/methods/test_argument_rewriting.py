@@ -214,6 +214,18 @@ def test_identities():
         assert scorer(mixture="harmonic").score([trace_of(text)])[0].reduce() == 0.0
 
 
+def test_plugged_in_scorers_are_not_asked_about_nothing():
+    """Of a batch whose rewrites are all empty, BERTScore would have no sentence to score."""
+
+    def similarity(rewrites, originals):
+        assert rewrites and originals
+        return [0.5] * len(rewrites)
+
+    one = scorer(similarity=similarity, w_a=0.6, w_s=0.4)
+    assert [c.reduce() for c in one.score([trace_of(""), trace_of(" ")])] == pytest.approx([-0.4, -0.4])
+    assert one.score([]) == []
+
+
 def test_the_alpaca_template_in_prompt_or_completion():
     plain = scorer(alpaca=True)
     wanted = scorer().score([trace_of("nice film here")])[0]
@@ -319,7 +331,7 @@ def test_the_corpus(tmp_path):
     assert load_corpus(later)["TEST"][0].inappropriate
     with pytest.raises(ValueError, match="no column post_text, fold1"):
         load_corpus(write(tmp_path / "d.csv", ["text", "Appropriateness"]), "fold1.0")
-    for bad in (["x", "2", "TEST"], ["x", "1", "DEV"]):
+    for bad in (["x", "2", "TEST"], ["x", "1", "DEV"], ["x"]):
         with pytest.raises(ValueError, match="row 0: label"):
             load_corpus(write(tmp_path / "e.csv", ["post_text", "Appropriateness", "fold0.0"], bad))
 

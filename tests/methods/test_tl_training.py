@@ -152,13 +152,18 @@ def test_a_called_tool_that_is_not_there():
 
 
 def test_parameter_ends_of_the_release():
-    """The token before a quote with a comma or a parenthesis; the third last where there is none."""
-    trace = tiny.lm().trace("q", "zoo(x='ab', y='c')")
-    texts = [p.decode() for p in trace.completion_pieces]
-    found = [texts[k] for k in np.flatnonzero(parameter_ends(trace))]
-    assert found == ["b", "c"]
-    bare = tiny.lm().trace("q", "zoo zoo")
-    assert np.flatnonzero(parameter_ends(bare)).tolist() == [len(bare) - 3]
+    """The targets that close a value or the call: the release takes the place before such a token, and its targets lie
+    one further. Where there is none: the last but one."""
+
+    def ends(answer: str) -> list[int]:
+        trace = tiny.lm().trace("q", answer)
+        assert [p for p in trace.completion_pieces[:-1]] == [c.encode() for c in answer]  # tokens are letters here
+        return np.flatnonzero(parameter_ends(trace)).tolist()
+
+    assert ends("zoo(x='b', y='c')") == [8, 15]  # the quotes before , and )
+    assert ends('zoo(x="b", y="c")') == [15]  # the release's list has no ",
+    assert ends("zoo(x=1)") == [7] and ends("zoo()") == [4]
+    assert ends("zoo zoo") == [6]
     key, neutral, rest = masks("krrn")
     assert pkt_weights(key, neutral, rest)[0, 0] == 2 < pkt_weights(key, neutral & False, rest | neutral)[0, 0]
 
@@ -211,10 +216,13 @@ def test_rendering():
             "required": ["q"],
         },
     }
-    assert signatures([tool]) == (
-        'Function:\ndef find(q: str, n: int = None):\n    """\n    Finds.\n\n    Args:\n        q (str): \n'
-        '        n (int): how many\n    """'
+    said = (
+        'Function:\ndef find(q: str, n: int = None):\n    """\n    Finds.\n\n    Args:\n    q (str): \n'
+        '    n (int): how many\n    """'
     )
+    now = 'Function:\ndef now():\n    """\n    Tells the time.\n\n    Args:\n    """'
+    assert signatures([tool]) == said
+    assert signatures([tool, {"name": "now", "description": "Tells the time."}]) == f"{said}\n\n{now}"
     assert spoken_call("find", {"q": "é", "n": [1, True]}) == 'find(q="é", n=[1, true])'
 
 

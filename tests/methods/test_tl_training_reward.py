@@ -4,6 +4,7 @@
 # pyright: reportArgumentType=false
 
 import json
+import time
 
 import pytest
 
@@ -152,7 +153,14 @@ def test_columns():
         "now": [],
     }
     assert credit_of(GOLD, tools=json.loads(json.dumps(schemas))).reduce() == pytest.approx(1.0)
-    for bad in (None, 3, [{"parameters": {}}], ["weather"]):
+    silent = (
+        {"weather": "city"},
+        {"weather": {"properties": {"city": {}}}},
+        {"name": "weather", "parameters": {}},
+        [],
+        {},
+    )
+    for bad in (None, 3, [{"parameters": {}}], ["weather"], *silent):
         with pytest.raises(ValueError, match="row 4: column tools must be"):
             credit_of(GOLD, tools=bad)
     with pytest.raises(ValueError, match="row 4 has no text in column gold_call"):
@@ -160,5 +168,16 @@ def test_columns():
     with pytest.raises(ValueError, match="row 4: its gold call 'weather' is no call"):
         credit_of(GOLD, gold="weather")
     assert credit_of(GOLD, gold="weather", parser="regex").reduce() == pytest.approx(-2.0)
+    with pytest.raises(ValueError, match=r"row 4: its gold call .* is no call \(there is no tool storms"):
+        credit_of(GOLD, gold="storms(city='Oslo')")
+    assert credit_of(GOLD, gold="storms(city='Oslo')", parser="regex").reduce() == pytest.approx(-1.5)
     with pytest.raises(ValueError, match="parser="):
         TLTrainingReward(parser="json")
+
+
+def test_the_release_s_regex_ends_on_text_without_a_closing_parenthesis():
+    """Each of the expression's three parts would try every length: minutes for a thousand parentheses."""
+    began = time.process_time()
+    for text in ("(" * 3000, ")" + "(" * 3000):
+        assert credit_of(text, parser="regex").reduce() == -2.0
+    assert time.process_time() - began < 5

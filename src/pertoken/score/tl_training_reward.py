@@ -102,11 +102,11 @@ def parse_regex(text: str) -> Spoken:
     Raises:
         ValueError: there is none.
     """
-    found = re.search(r"(.*?)\(([\s\S]*?)\)", text)
+    opening = text.find("(")  # without a closing one behind it, the search would try every part at every length
+    found = re.search(r"(.*?)\(([\s\S]*?)\)", text) if 0 <= opening < text.rfind(")") else None
     if found is None:
         raise ValueError("no parentheses")
-    matches = list(re.finditer(r"(\w+)\s*=\s*'([^']*)'", found[2]))
-    start = found.start(2)
+    matches, start = list(re.finditer(r"(\w+)\s*=\s*'([^']*)'", found[2])), found.start(2)
     return Spoken(
         found[1].strip(),
         {m[1]: m[2] for m in matches},
@@ -167,7 +167,7 @@ class TLTrainingReward:
         optional column ``demo_action`` is the `action` of `mistakes`.
 
         Raises:
-            ValueError: a row without gold call or tools, or whose gold call is none.
+            ValueError: a row without gold call or tools, or whose gold call is none, or (ast) of a tool not among them.
         """
         return [self._score(trace) for trace in items]
 
@@ -176,19 +176,20 @@ class TLTrainingReward:
         said, tools = trace.meta.get("gold_call"), tools_of(trace.meta.get("tools"), row)
         if not isinstance(said, str):
             raise ValueError(f"row {row} has no text in column gold_call, which tl-training-reward compares with")
-        call = None
+        call, found = None, dict[str, tuple[float, list[str]]](format=(-2.0, []))
         try:
             gold = self._parse(said, tools)
+            if self.parser == "ast" and gold.name not in tools:
+                raise ValueError(f"there is no tool {gold.name}")
         except _BAD as error:
             if self.parser == "ast":
                 raise ValueError(f"row {row}: its gold call {said!r} is no call ({error}); mend the row") from error
-            found = {"format": (-2.0, [])}
         else:
             try:
                 call = self._parse(text, tools)
                 found = mistakes(call, gold, tools, trace.meta.get("demo_action"))
             except _BAD:
-                found = {"format": (-2.0, [])}
+                call = None  # its format is wrong
         parts = {name: value for name, (value, _) in found.items()}
         at = byte_offsets(text)
         spans = [(start + at[a], start + at[b], v) for a, b, v in _where(call, found, len(text))]
@@ -211,16 +212,15 @@ def tools_of(given: Any, row: Any = "?") -> dict[str, list[str]]:
         ValueError: neither.
     """
     try:
-        if isinstance(given, Mapping):
+        listed = list(given.values()) if isinstance(given, Mapping) else []
+        if not given or any(isinstance(parameters, str | Mapping) for parameters in listed):
+            raise TypeError("no tools, or no list of parameters")
+        if listed:
             return {str(name): [str(p) for p in parameters] for name, parameters in given.items()}
-        out = {}
-        for tool in given:
-            parameters = tool.get("parameters") or {}
-            out[str(tool["name"])] = [str(p) for p in parameters.get("properties", parameters)]
-        return out
+        schemas = [(tool["name"], tool.get("parameters") or {}) for tool in given]
+        return {str(name): [str(p) for p in known.get("properties", known)] for name, known in schemas}
     except (TypeError, KeyError, AttributeError) as error:
-        wanted = TLTrainingReward.columns["tools"]
-        raise ValueError(f"row {row}: column tools must be {wanted}") from error
+        raise ValueError(f"row {row}: column tools must be {TLTrainingReward.columns['tools']}") from error
 
 
 def _first_turn(trace: Trace) -> tuple[int, str]:

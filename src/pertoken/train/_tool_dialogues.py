@@ -149,13 +149,17 @@ def signatures(tools: Sequence[Mapping[str, Any]]) -> str:
         parameters = tool.get("parameters") or {}
         required = parameters.get("required", [])
         known: Mapping[str, Any] = parameters.get("properties", parameters)
-        ordered = sorted(known, key=lambda p: p not in required)  # a default may not stand before a name without one
+        ordered = [*(p for p in required if p in known), *(p for p in known if p not in required)]
         head = [f"{p}: {known[p].get('type', 'Any')}" + ("" if p in required else " = None") for p in ordered]
-        told = [f"        {p} ({known[p].get('type', 'Any')}): {known[p].get('description', '')}" for p in ordered]
-        lines = [f"def {tool['name']}({', '.join(head)}):", '    """', f"    {tool.get('description', '')}"]
-        lines += ["", "    Args:", *told] if told else []
-        out.append("\n".join([*lines, '    """']))
-    return "Function:\n" + "\n".join(out)
+        told = [f"    {p} ({known[p].get('type', 'Any')}): {known[p].get('description', '')}" for p in ordered]
+        lines = [
+            "Function:",
+            f"def {tool['name']}({', '.join(head)}):",
+            '    """',
+            f"    {tool.get('description', '')}",
+        ]
+        out.append("\n".join([*lines, "", "    Args:", *told, '    """']))
+    return "\n\n".join(out)
 
 
 def spoken_call(name: str, arguments: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ IRM, the third part, is PPO on the scorer `tl-training-reward` with the settings
 
 Differs from the authors' code: it trains one answer a step, of which ours is the mean over a batch; key tokens come
 from the bytes of the name instead of token strings of LLaMA. ``compat="reference"`` takes the tokens that end a
-parameter out of |NK| as it does (they keep weight 1), the third last token where there is none.
+parameter out of |NK| as it does (they keep weight 1), the last token but one where there is none.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from ._tool_dialogues import ERRORS, last_replies, names_called, tool_names
 from .ppo import PPO
 
 KEY, NEUTRAL = "key_tokens", "neutral_tokens"
-_ENDS = re.compile(rb"""['"][,)}]|\)""")
+_ENDS = re.compile(rb"""'[,)]|"\)|\)""")  # of the release's list of tokens
 
 
 def key_places(name: Sequence[Any], others: Sequence[Sequence[Any]]) -> list[int]:
@@ -88,14 +88,16 @@ def pkt_loss(logp_NT: Tensor, weights_NT: Tensor) -> Tensor:
 
 
 def parameter_ends(trace: Trace) -> np.ndarray:
-    """bool (T,): the release's tokens that end a parameter's value, which stand before a closing quote with what
-    follows it, or before a closing parenthesis; the third last token if there is none."""
+    """bool (T,): the release's tokens that end a parameter's value: a quote that a comma (of single quotes) or a
+    parenthesis follows, or a closing parenthesis; the last but one if there is none.
+
+    It names the places before them, but its loss at a place is that of the next token.
+    """
     data, found = b"".join(trace.completion_pieces), np.zeros(len(trace), bool)
     for match in _ENDS.finditer(data):
-        if match.start():
-            found[trace.tokens_between(match.start() - 1, match.start())] = True
-    if not found.any() and len(found) >= 3:
-        found[-3] = True
+        found[trace.tokens_between(match.start(), match.start() + 1)] = True
+    if not found.any() and len(found) >= 2:
+        found[-2] = True
     return found
 
 
@@ -212,7 +214,8 @@ class TLTraining:
 
 def irm_ppo(**changes: Any) -> PPO:
     """PPO with the settings of IRM: one greedy rollout a prompt, learned from once, KL penalty 0.3 on every token, the
-    reward on the last; GAE without whitening, values at half of the actor's rate. Theirs is a critic of its own; ours
+    reward where its credit stands (theirs: on the last; see `changes`); GAE without whitening,
+    values at half of the actor's rate. Theirs is a critic of its own; ours
     shares the policy's layers, so that its loss has weight 0.1 (at 1 it pulled a small policy apart). Their clamp of
     the reward to [-5, 5] does nothing to -2..1.
 

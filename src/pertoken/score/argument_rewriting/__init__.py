@@ -176,6 +176,8 @@ class ArgumentRewriting:
 
     def _similar(self, rewrites: Sequence[str], originals: Sequence[str]) -> list[tuple[float, Where]]:
         """s of each pair, and which characters of the rewrite earned what of it."""
+        if not rewrites:
+            return []
         if self.similarity is not None and not hasattr(self.similarity, "tokens"):
             return [(v, []) for v in _numbers(self.similarity(list(rewrites), list(originals)), rewrites, "similarity")]
         encoder = self.similarity or _minilm()

@@ -82,7 +82,7 @@ def load_corpus(path: str | Path, fold: str = "fold0.0") -> dict[str, list[Label
             raise ValueError(f"{path} has no column {wanted}; give the corpus's CSV with folds")
         for number, row in enumerate(rows):
             who = f"{path}, row {row.get('post_id') or number}"
-            labels = {row[n].strip() for n in names}
+            labels = {(row[n] or "").strip() for n in names}  # a short row has None
             if len(labels) > 1:
                 raise ValueError(f"{who}: {' and '.join(names)} differ, though 1 means inappropriate in both; mend it")
             label = {"0": 0, "0.0": 0, "1": 1, "1.0": 1}.get(*labels)
