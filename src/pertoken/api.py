@@ -189,6 +189,7 @@ def align(
         say=say,
         progress=progress,
         generate=generate,
+        max_length=options.max_length,
     )
     run.notes += list(report.lines())
     return run.go(resume=options.resume)

@@ -350,6 +350,8 @@ def test_best_of_n_and_perplexity():
     assert values[0] == pytest.approx(math.exp(np.mean(nll)), rel=1e-4) and values[1] == 0.0 and values[2] > 1
     told = scorer(perplexity=True, lm=lm).score([pools[0][1]])[0].meta["counts"]
     assert told["perplexity"] == pytest.approx(values[0], rel=1e-6)
+    with pytest.raises(ValueError, match="needs the model"):
+        scorer(perplexity=True).score([pools[0][1]])
 
 
 def test_sums_hold_for_odd_text(fitted):

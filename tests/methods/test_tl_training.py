@@ -244,12 +244,12 @@ class Preparing(SimpleNamespace):
         return self.groups + self.held_out
 
 
-def prepared(examples, **options):
+def prepared(examples, max_length=None, **options):
     lm = tiny.lm()
     lm.context = 256
     groups = encode(examples, lm)[0]
     told: list[str] = []
-    run = Preparing(groups=groups, held_out=[], policy=lm, report=told.append)
+    run = Preparing(groups=groups, held_out=[], policy=lm, report=told.append, max_length=max_length)
     TLTraining(**options).prepare(run)
     return run.groups, told
 
@@ -264,6 +264,12 @@ def test_prepare_cuts_dialogues_and_marks_names():
     assert any("its call failed" in line for line in told)
     assert "2 answers, 1 with more than one key token, 1 without a call" in told[-1]
     assert len(prepared([talk], mae=False)[0]) == 3
+    short, told = prepared([talk], max_length=24)
+    assert (
+        max(len(g.prompt_ids) + len(g.traces[0]) for g in short)
+        <= 24
+        < max(len(g.prompt_ids) + len(g.traces[0]) for g in groups)
+    )
     (one, _), _ = prepared([talk], compat="reference")
     assert one.columns[NEUTRAL][0].sum() == 1
 

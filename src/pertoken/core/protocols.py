@@ -120,6 +120,7 @@ class Preparation(Protocol):
     policy: LM
     given: Mapping[str, LM]
     config: LoopConfig
+    max_length: int | None
 
     @property
     def every(self) -> list[Group]:

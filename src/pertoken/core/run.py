@@ -48,7 +48,7 @@ class Run:
         groups, held_out: encoded data; `every` is both.
         config: the loop's options. out: the run's folder. resolve: slug -> options class.
         cache: of reference log-probs. say: told lines for the user.
-        generate: what draws rollouts.
+        generate: what draws rollouts. max_length: most tokens of a sequence, for data that preparation encodes.
     """
 
     slug: str
@@ -68,6 +68,7 @@ class Run:
     progress: bool = True
     stage_folder: Path | None = None
     generate: Generate = sample
+    max_length: int | None = None
 
     def __post_init__(self) -> None:
         self.out = Path(self.out)

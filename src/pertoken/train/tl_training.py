@@ -180,7 +180,7 @@ class TLTraining:
         if all(isinstance(g.example.responses[0], str) for g in groups):
             return groups
         rows, report = last_replies([g.example for g in groups], self.errors if self.mae else None)
-        out, encoded = encode(rows, run.policy)
+        out, encoded = encode(rows, run.policy, max_length=run.max_length)
         for line in report.lines() + encoded.lines():
             run.report(f"tl-training: {line}")
         return out

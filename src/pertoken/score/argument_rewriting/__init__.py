@@ -143,12 +143,15 @@ class ArgumentRewriting:
         """Credit of kind reward; ``meta["parts"]``: appropriateness and similarity, as they enter R.
 
         Raises:
-            ValueError: no classifier; a row without an original; a plugged-in scorer of the wrong number of values.
+            ValueError: no classifier; perplexity without a model; a row without an original; a plugged-in scorer of
+                the wrong number of values.
         """
         if self.classifier is None:
             raise ValueError(
                 "no classifier: fit_classifier(texts, inappropriate).save(FOLDER), and name it: folder=FOLDER"
             )
+        if self.perplexity and self.lm is None:
+            raise ValueError("perplexity=True needs the model whose perplexity it is: lm=load(...)")
         places = [_places(t, self.alpaca) for t in items]
         rewrites = ["".join(t.raw_text[i] for i in at) for t, at in zip(items, places, strict=True)]
         originals = [_original(t) for t in items]
@@ -156,7 +159,7 @@ class ArgumentRewriting:
         judged = _judged(self.classifier, [rewrites[i] for i in said])
         kept = self._similar([rewrites[i] for i in said], [originals[i] for i in said])
         known = dict(zip(said, zip(judged, kept, strict=True), strict=True))
-        ppl = perplexities(self.lm, rewrites) if self.perplexity and self.lm is not None else None
+        ppl = perplexities(self.lm, rewrites) if self.perplexity else None
         credits = []
         for i, trace in enumerate(items):
             (a, a_where), (s, s_where) = known.get(i, ((0.0, []), (-1.0, [])))
