@@ -44,7 +44,7 @@ def fit(
     learning_rate: float,
     seed: int,
     start: Any = None,
-    unscored: Sequence[int] | None = None,
+    unscored: Sequence[int | Sequence[bool]] | None = None,
     description: str = "train LM",
     progress: bool = True,
 ) -> Any:
@@ -52,8 +52,8 @@ def fit(
 
     rows: token ids with <bos> = 1 first and <eos> = 2 last (0 is <pad>). size: arguments of LlamaConfig. learning_rate:
     peak of the schedule (5 % warm-up, then cosine to 0) of AdamW. start: a model to go on from. unscored: of each row,
-    so many tokens have no loss (a question). The weights are a function of the arguments on one machine and thread
-    count; no global random state is read or changed.
+    so many first tokens have no loss (a question), or those that are True. The weights are a function of the arguments
+    on one machine and thread count; no global random state is read or changed.
     """
     import torch
     from rich.console import Console
@@ -64,6 +64,9 @@ def fit(
     # can attend to another one, so that a packed row's block mask is not needed.
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     skipped = [1 if unscored is None else unscored[i] for i in by_length]
+    masks = [
+        torch.arange(len(rows[i])) < s if isinstance(s, int) else torch.tensor(s) for i, s in zip(by_length, skipped)
+    ]
     rows = [rows[i] for i in by_length]
     order = np.random.default_rng((seed, 1)).permutation(steps := len(rows) // batch)
     model = start
@@ -78,7 +81,7 @@ def fit(
         optimizer.param_groups[0]["lr"] = learning_rate * min(warmup, decay)
         part = slice(order[step] * batch, (order[step] + 1) * batch)
         ids_BT = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows[part]], batch_first=True)
-        asked_BT = torch.arange(ids_BT.shape[1]) < torch.tensor(skipped[part])[:, None]
+        asked_BT = torch.nn.utils.rnn.pad_sequence(masks[part], batch_first=True)
         labels_BT = ids_BT.masked_fill(asked_BT, 0)[:, 1:]
         logits_BTV = model(input_ids=ids_BT[:, :-1], use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), labels_BT.flatten(), ignore_index=0)
