@@ -155,6 +155,22 @@ def test_tokens_of_no_bytes_are_never_candidates():
             np.testing.assert_allclose(w, math.log(1e-6), rtol=1e-6)
 
 
+@pytest.mark.parametrize("how", [{}, {"temperature": 0.5}, {"temperature": 0}, {"top_p": 0.5}, {"min_new_tokens": 2}])
+def test_particles_die_where_no_token_has_mass(how):
+    """Whatever shapes the weights; with an end that may not come yet, too."""
+    language = Predicate(prefix=lambda b: True, complete=lambda b: True)
+    for only in ((), (EOS,)) if "min_new_tokens" in how else ((),):
+        p = np.zeros(6)
+        p[list(only)] = 1
+        with np.errstate(divide="ignore"):
+            guide = Chain(np.tile(p, (6, 1)))
+        sampler = ConstrainedSampler(
+            constraint=language, piece=PIECES.__getitem__, stops=(EOS,), sampling=Sampling(**how)
+        )
+        found = smc(guide, 0, sampler, Particles(particles=2, max_tokens=3), stops=(EOS,))
+        assert found.tokens == [[], []] and found.log_marginal == -math.inf
+
+
 # ---- the decoder
 
 

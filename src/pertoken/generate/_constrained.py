@@ -143,7 +143,8 @@ class ConstrainedSampler:
             stops = torch.tensor(list(self.stops), device=logw_NV.device)
             out = out.index_fill(1, stops, -torch.inf)
         if self.sampling != Sampling(max_new_tokens=self.sampling.max_new_tokens):
-            out = self.sampling.logps(out)
+            nothing = (out == -torch.inf).all(-1, keepdim=True)  # no token has mass: nothing to shape
+            out = self.sampling.logps(out.masked_fill(nothing, 0.0)).masked_fill(nothing, -torch.inf)
         if self.prune:
             empty = torch.from_numpy(_empty(self.piece, tuple(self.stops), out.shape[1])).to(out.device)
             out = out.masked_fill(empty, -torch.inf)
