@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -77,6 +77,8 @@ def constraint_of(given: Any, *, debug: bool = False) -> Constraint:
         if kind == "json":
             return Grammar.json_schema(rest if rest.lstrip().startswith(("{", "true", "false")) else _read(rest))
         return Grammar.lark(_read(rest))
+    if isinstance(given, Predicate) and debug and not given.debug:
+        return replace(given, debug=True)
     if isinstance(given, Constraint):
         return given
     if callable(getattr(given, "prefix", None)) and callable(getattr(given, "complete", None)):
