@@ -248,6 +248,26 @@ def test_sampling_shortens_and_shapes():
     assert "top_p 0.5" in generate("regex:.*", sampling=Sampling(max_new_tokens=3, top_p=0.5))[0].meta["target"]
 
 
+def test_what_the_posterior_is_about_is_said():
+    """Improper weights stand for no target and estimate no marginal; a critic is part of it; so is the longest text."""
+    meta = generate("regex:[a-z]{2}")[0].meta
+    assert meta["log_marginal"] < 0 and "at most 12 tokens" in meta["target"] and "no target" not in meta["target"]
+    meta = generate("regex:[a-z]{2}", proper_weights=False)[0].meta
+    assert meta["log_marginal"] is None and meta["target"].startswith("no target")
+    assert "times the critic" in generate("regex:[a-z]{2}", critic=lambda t, e: [0.0] * len(t))[0].meta["target"]
+
+
+def test_a_prompt_may_end_inside_a_character():
+    """Its other half begins with a byte that a pattern of whole characters refuses, and a check of bytes may allow."""
+    lm = tiny.lm()
+    first, second = ([v for v in range(lm.view.size) if lm.view.piece(v) == b] for b in (b"\xc3", b"\xa9"))
+    prompt = (*lm.encode_prompt("the plot "), first[0])
+    assert all(d.trace.text.isalpha() for d in generate("regex:[a-z]{2}", prompt=prompt, lm=lm))
+    finishes = Predicate(prefix=lambda b: b"\xa9".startswith(b), complete=lambda b: b == b"\xa9")
+    (drawn,) = generate(finishes, prompt=prompt, lm=lm, n=1, particles=Particles(particles=20, max_tokens=1))
+    assert drawn.trace.completion_ids[:-1] == (second[0],)
+
+
 def test_proposals_and_critics():
     lm, other = tiny.lm(), tiny.lm(1)
     for proposal in (other, LMGuide(lm=lm, temperature=2.0)):

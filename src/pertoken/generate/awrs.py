@@ -17,7 +17,8 @@ is of that p.
 `generate` runs one population of particles a prompt and returns n draws from its weighted particles, with replacement:
 all draws weigh alike (logw 0). `Drawn.meta` has the whole posterior (shares of different texts), the log of the
 marginal (the share of the model's texts that the constraint allows), checks and deaths. If every particle died there is
-nothing to draw: empty continuations of logw -inf. Weights may be averaged over runs, the dead ones as 0; log-weights
+nothing to draw: empty continuations of logw -inf. The constraint reads the continuation's own bytes, from its first:
+where a prompt of ids ends inside a character, only a constraint that allows such bytes lets it be finished. Weights may be averaged over runs, the dead ones as 0; log-weights
 may not.
 
 Differs from the authors' code: tokens are drawn from cumulated weights, one by one, not by keys of the whole vocabulary
@@ -58,7 +59,8 @@ class AWRS:
     max_rejects: int | None = None
     """Budget of rejected tokens a step (None: all); a particle that spends it dies. Not for two-round."""
     proper_weights: bool = True
-    """False: the first accepted token at weight 1, locally constrained decoding."""
+    """False: the first accepted token at weight 1, locally constrained decoding; the posterior is of no target then,
+    and there is no marginal."""
     prune: bool = True
     """Leave out tokens of no bytes before drawing, instead of rejecting them."""
     particles: Particles = field(default_factory=Particles)
@@ -106,8 +108,10 @@ class AWRS:
         guide, how, out = LMGuide(lm=lm), sampling or Sampling(), []
         target = (
             f"{lm.name or 'the model'} at temperature {how.temperature:g}, top_p {how.top_p:g}, top_k {how.top_k}, "
-            f"given {constraint.name[:200]}"
+            f"given {constraint.name[:200]}{', times the critic' if self.critic else ''}"
         )
+        if not self.proper_weights:
+            target = f"no target, each token was drawn among those that may follow: {target}"
         for place, prompt in enumerate(prompts):
             ids = guide.ids(prompt)
             longest = min(self.particles.max_tokens, lm.context - len(ids) - 1)
@@ -128,7 +132,8 @@ class AWRS:
             critic = None if self.critic is None else sampler.critic(self.critic)
             particles = replace(self.particles, max_tokens=longest)
             found = smc(guide, prompt, sampler, particles, stops=sampler.stops, seed=seed, place=place, critic=critic)
-            out.append(self._draws(lm, ids, prompt, place, found, sampler, n, seed, target))
+            within = f"{target}, at most {longest} tokens before the end"
+            out.append(self._draws(lm, ids, prompt, place, found, sampler, n, seed, within))
             for k, drawn in enumerate(out[-1] if stream else ()):
                 last = len(drawn.trace) - 1
                 for t, (token, piece) in enumerate(zip(drawn.trace.completion_ids, drawn.trace.completion_pieces)):
@@ -150,7 +155,7 @@ class AWRS:
         weights, text = found.weights(), sampler.text
         meta = {
             "posterior": [{"text": t.decode("utf8", "replace"), "share": w} for t, w in found.posterior(text).items()],
-            "log_marginal": found.log_marginal if weights.any() else None,
+            "log_marginal": found.log_marginal if weights.any() and self.proper_weights else None,
             "target": target,
             "particles": len(weights),
             "dead": int((weights == 0).sum()),
