@@ -48,7 +48,7 @@ from ._constraints import constraint_of
 class AWRS:
     """Options of adaptive weighted rejection sampling."""
 
-    constraint: Any = None
+    constraint: str | Any = None
     """f: ``regex:PATTERN``, ``json:SCHEMA.json``, ``lark:GRAMMAR.lark``, or an object with the functions
     ``prefix(bytes) -> bool`` and ``complete(bytes) -> bool`` (see `_constraints`)."""
     estimator: Literal["auto", "two-round", "recursive", "geometric"] = "auto"
@@ -65,7 +65,7 @@ class AWRS:
     """Leave out tokens of no bytes before drawing, instead of rejecting them."""
     particles: Particles = field(default_factory=Particles)
     """N, resampling, longest text (a text that is not complete then is dead; `sampling` may make it shorter)."""
-    proposal: Any = None
+    proposal: str | Any = None
     """q: a model of the same tokenizer (or its path), or a guide."""
     critic: Any = None
     """A Python function (texts as bytes, whether each has ended) -> log-scores: a twist of the weights."""
