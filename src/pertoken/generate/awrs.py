@@ -17,9 +17,9 @@ is of that p.
 `generate` runs one population of particles a prompt and returns n draws from its weighted particles, with replacement:
 all draws weigh alike (logw 0). `Drawn.meta` has the whole posterior (shares of different texts), the log of the
 marginal (the share of the model's texts that the constraint allows), checks and deaths. If every particle died there is
-nothing to draw: empty continuations of logw -inf. The constraint reads the continuation's own bytes, from its first:
-where a prompt of ids ends inside a character, only a constraint that allows such bytes lets it be finished. Weights may be averaged over runs, the dead ones as 0; log-weights
-may not.
+nothing to draw: empty continuations of logw -inf. Weights may be averaged over runs, the dead ones as 0; log-weights
+may not. The constraint reads the continuation's own bytes, from its first: where a prompt of ids ends inside a
+character, only a constraint that allows such bytes lets it be finished.
 
 Differs from the authors' code: tokens are drawn from cumulated weights, one by one, not by keys of the whole vocabulary
 (the same distribution); particles of one text share what was checked; 1 - R is summed anew as it shrinks, so that a
