@@ -4,6 +4,7 @@ constraints have files of their own (test_awrs_estimators, test_awrs_constraints
 
 import itertools
 import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +16,7 @@ from pertoken.core.lm import LM
 from pertoken.core.particles import Particles, smc
 from pertoken.core.rollout import Sampling
 from pertoken.generate._constrained import ConstrainedSampler
-from pertoken.generate._constraints import Predicate
+from pertoken.generate._constraints import Grammar, Predicate
 from pertoken.generate.awrs import AWRS
 from tests import tiny
 
@@ -32,6 +33,13 @@ NEXT = np.array(  # of the last token; row 4 is the prompt's
 )
 TEXTS = (b"ab", b"aab", b"ba", b"bab")
 LANGUAGE = Predicate(prefix=lambda b: any(t.startswith(b) for t in TEXTS), complete=lambda b: b in TEXTS)
+
+WORDS = [
+    bytes(w) + end
+    for n in (2, 3, 4)
+    for w in itertools.product(b"abcdef", repeat=n)
+    for end in (b"", b" ", *(bytes([32, c]) for c in range(97, 123)))
+]
 
 
 class Chain:
@@ -139,6 +147,52 @@ def test_particles_of_one_text_share_what_was_checked():
     rngs = [np.random.default_rng(i) for i in range(5)]
     sampler.step(state, guide.step(guide.start([0] * 5), None), rngs)
     assert sampler.counts["calls"] <= 5 < sampler.counts["looks"] and sampler.counts["steps"] == 5
+
+
+@pytest.mark.parametrize("back_end", ["parser", "predicate"])
+def test_what_a_token_begins_with_is_refused_once(back_end):
+    """All of a vocabulary in any order, at texts of four lengths: every answer is the constraint's own, and the calls
+    are the terminator's, one a token that may follow, and at most one (two, where only yes or no is said) for each
+    first byte that is refused, and for each longer beginning."""
+    lm = tiny.lm()
+    piece, pattern = lm.view.piece, re.compile(rb"[a-f]{2,4}( [a-z]?)?")
+    starts = {w[:k] for w in WORDS for k in range(len(w) + 1)}
+    predicate = Predicate(prefix=starts.__contains__, complete=lambda b: bool(pattern.fullmatch(b)))
+    parser, tokens = Grammar.regex("[a-f]{2,4}( [a-z]?)?"), [v for v in range(lm.view.size) if v not in lm.stop_ids]
+    for text in (b"", b"a", b"abc", b"abcd "):
+        sampler = ConstrainedSampler(
+            constraint=parser if back_end == "parser" else predicate, piece=piece, stops=sorted(lm.stop_ids)
+        )
+        node, fresh = sampler.start(1).nodes[0], parser.start()
+        node.state, fresh = node.state.after(text) if text else node.state, fresh.after(text) if text else fresh
+        ask, answers = sampler.check(node), {}
+        for v in np.random.default_rng(0).permutation(tokens).tolist():
+            answers[v] = ask(v)
+            assert answers[v] == (bool(piece(v)) and fresh.allows(piece(v))), piece(v)
+        may = sum(answers.values())
+        refused = {p[: fresh.matcher.validate_tokens(p) + 1] for v in tokens if (p := piece(v)) and not answers[v]}
+        assert sampler.counts["looks"] == len(tokens)
+        assert sampler.counts["calls"] <= may + len(refused) * (1 if back_end == "parser" else 2) + 5
+
+    names = [b"z" + bytes([97 + k // 10, 97 + k % 10]) for k in range(100)]  # a hundred tokens that begin alike
+    language = (
+        Grammar.regex("[a-y]+") if back_end == "parser" else Predicate(prefix=lambda b: b"z" not in b, complete=bool)
+    )
+    sampler = ConstrainedSampler(constraint=language, piece=names.__getitem__, stops=(100,))
+    ask = sampler.check(sampler.start(1).nodes[0])
+    assert not any(ask(v) for v in range(100))
+    assert sampler.counts == {"calls": 1 if back_end == "parser" else 6, "looks": 100, "steps": 0}
+
+
+def test_debug_asks_about_what_begins_with_a_refused_piece():
+    """Else it could not find what is not monotone: every odd length is refused, b"xa" after many."""
+    odd = Predicate(prefix=lambda b: len(b) != 1, complete=lambda b: True, debug=True)
+    names = [b"x", *(bytes([c]) for c in b"abcdefgh"), b"xa", b""]
+    sampler = ConstrainedSampler(constraint=odd, piece=names.__getitem__, stops=(10,))
+    ask = sampler.check(sampler.start(1).nodes[0])
+    assert not any(ask(v) for v in range(9))
+    with pytest.raises(ValueError, match="accepts b'xa' but rejects b'x'"):
+        ask(9)
 
 
 def test_tokens_of_no_bytes_are_never_candidates():

@@ -22,8 +22,9 @@ may not. The constraint reads the continuation's own bytes, from its first: wher
 character, only a constraint that allows such bytes lets it be finished.
 
 Differs from the authors' code: tokens are drawn from cumulated weights, one by one, not by keys of the whole vocabulary
-(the same distribution); particles of one text share what was checked; 1 - R is summed anew as it shrinks, so that a
-particle is not killed when more than 1 - 1e-5 was rejected; tokens of no bytes (special ones) are never accepted.
+(the same distribution); particles of one text share what was checked, and a token that begins with a piece that was
+refused there is not checked again (checks are monotone); 1 - R is summed anew as it shrinks, so that a particle is not
+killed when more than 1 - 1e-5 was rejected; tokens of no bytes (special ones) are never accepted.
 """
 
 from __future__ import annotations
