@@ -18,7 +18,7 @@ from ._constraints import Constraint, State
 from ._rejection import estimate
 
 Piece = Callable[[int], bytes]
-BYTES_FROM = 4  # refusals at one text; one or two are not worth a call to learn why
+BYTES_FROM = 16  # refusals at one text; a few are not worth the calls to learn why
 
 
 class _Node:
@@ -178,7 +178,7 @@ class ConstrainedSampler:
 
     def _allowed(self, node: _Node, said: bytes) -> bool:
         """Ask the constraint, and keep what it refuses: the bytes that a parser stopped at, or, of a check that says
-        yes or no, the piece, and from the fifth on its first byte if that is refused, too (a call more)."""
+        yes or no, the piece, and from the 17th on its first byte if that is refused, too (a call more)."""
         self.counts["calls"] += 1
         reads = getattr(node.state, "reads", None)
         if reads is not None:
