@@ -1,14 +1,24 @@
 """AWRS: checks a token, time against masking the vocabulary, and the distribution that comes out.
 
 (a) 50 patterns (below; none was left out) with the embedded SmolLM2-135M-Instruct, the prompt giving the pattern alone
-    or three texts that match as well. Tokens that the estimator looks at, a step of a particle (the first step of a
-    text to its last; with one particle nothing is shared). Bounds: at most 100 and at most 10 in the mean.
+    or three texts that match as well. Checks (calls of the constraint) a step of a particle (the first step of a text
+    to its last; with one particle nothing is shared), and the tokens that the estimator looks at, most of which need no
+    check where there are many. Bounds: at most 100 and at most 10 checks in the mean.
 (b) On every 8th of these steps, with the same weights and the same check: the time of the step without the model,
     against checking every token of the vocabulary, renormalising and drawing. Bound: at most a tenth.
 (c) Toy languages of ten texts and at most six tokens, small enough to enumerate: the first of seeds 0, 1, ... whose
     total mass is at least 0.005 and from whose target locally constrained decoding is further than 0.2 (total
     variation, both exact). 10,000 runs of 5 particles, each final particle counting its weight / 5: total variation to
     the target. Bound: below 0.03.
+
+What (a) taught. Tokens come in an order that is sampling without replacement, and whoever samples like that looks at
+1 + sum_v p(v) / (p(v) + Z) tokens in the mean, v over the refused ones, before one of the allowed mass Z comes. Nearly
+always Z is above 0.01, which means a few dozen at most. But where a pattern ends and the model does not want to, Z is
+1e-5 to 1e-11: thousands of tokens, or all, have more mass than what is allowed, and up to 48,000 are looked at. One
+step in twenty-five makes the mean (the median is 3), and more particles or other noise change nothing about it; budgets
+and a sharper p avoid it at the price of texts that die. What these looks need not be is checks: the tokens begin in a
+few hundred ways, and what begins like a refused piece is refused. All this was found on fifteen other patterns;
+`--remedies` prints, for the fifty, a parser that says only yes or no, a budget of rejects, top-p, and a temperature.
 
     python examples/awrs.py              one toy language, one particle, twelve tokens: three minutes
     python examples/awrs.py --full       three toy languages, five particles a pattern
