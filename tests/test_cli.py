@@ -174,6 +174,16 @@ def test_check_logprobs(model, capsys):
     assert "ok" in capsys.readouterr().out
 
 
+TWINS = {
+    "awrs": ("--constraint", "--proposal"),
+    "spc": ("--verifier", "--masked"),
+    "lm-cascades": ("--large", "--rule", "--peek"),
+    "genarm": ("--reward-models",),
+    "best-of-n": ("--reward",),
+    "byte-exact": ("--ensemble",),
+}
+
+
 @pytest.mark.parametrize("slug", [row.slug for row in methods() if row.room == "generate"])
 def test_every_decoder_shows_its_options(slug, capsys):
     """No name of an option is one of the run's, too: nested groups are flattened."""
@@ -183,7 +193,10 @@ def test_every_decoder_shows_its_options(slug, capsys):
         return
     with pytest.raises(SystemExit) as ended:
         main(["generate", slug, "--help"])
-    assert ended.value.code == 0 and "--n" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0 and "--n" in shown
+    for option in TWINS.get(slug, ()):  # Python may give an object, the command line its text
+        assert f"{option} " in shown, option
 
 
 def test_generate_streams_writes_and_tells(model, tmp_path, capfdbinary):
@@ -198,6 +211,23 @@ def test_generate_streams_writes_and_tells(model, tmp_path, capfdbinary):
     assert len(streamed) > 0 and told.startswith("--- prompt 0: how") and len(rows) == 2
     assert all(len(r["meta"]["rewards"]) == 2 and r["tokens"] <= 4 for r in rows)
     assert "best-of-n" in page.read_text("utf8") and (tmp_path / "out.credits.jsonl").exists()
+
+
+def test_generate_shows_the_weighted_particles(model, capfdbinary):
+    """The posterior is that of the particles, however few draws were asked for; deaths are said."""
+    base = ["generate", "awrs", "--model", model, "--prompt", "how was the film", "--max-new-tokens", "6"]
+    shares = {}
+    for n in ("1", "3"):
+        assert main([*base, "--constraint", "regex:[ab]", "--particles", "8", "--n", n]) == 0
+        told = capfdbinary.readouterr().out.decode()
+        assert "posterior of 8 particles" in told and "given regex:[ab]" in told and "among the model's: -" in told
+        lines = (line.split() for line in told.splitlines() if line.startswith("   "))
+        shares[n] = {text: float(share) for share, text in lines}
+        assert sum(shares[n].values()) == pytest.approx(1, abs=2e-3) and shares[n].keys() <= {"a", "b"}
+    assert shares["1"] == shares["3"]
+    assert main([*base, "--constraint", "regex:(~#){9}", "--n", "2"]) == 0
+    told = capfdbinary.readouterr().out.decode()
+    assert told.count("dead (weight 0)") == 2 and "every particle died" in told
 
 
 @pytest.mark.parametrize(

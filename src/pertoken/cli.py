@@ -217,6 +217,8 @@ def _generate(words: Sequence[str]) -> None:
     prompts, drawn = generation.generate(row.slug, args.run, args.method, stream=stream if alone else None, say=_say)
     if shown:
         print()
+        if drawn[0][0].meta.get("posterior"):
+            generation.tell_particles(drawn[0][0], print)
     else:
         generation.tell(prompts, drawn, print)
     for path in generation.write(prompts, drawn, row.slug, args.run):
@@ -240,16 +242,26 @@ def _on_one_screen(kind: type[Any]) -> type[Any]:
 
 
 def _typed(kind: type[Any]) -> type[Any]:
-    """The options without those that only Python can give (a scorer, a callable: annotated Any)."""
+    """The options as a command line can give them: without those that only Python can (a scorer, a callable: annotated
+    Any), and as text where text will do (a model or its folder, a constraint or how it is written: str | Any)."""
     import typing
 
     import tyro
 
-    hints = typing.get_type_hints(kind)
-    hidden = [f for f in dataclasses.fields(kind) if hints[f.name] is Any]
-    if not hidden:
+    hints, fields = typing.get_type_hints(kind), []
+    for f in dataclasses.fields(kind):
+        hint, among = hints[f.name], typing.get_args(hints[f.name])
+        if hint is Any:
+            shown_as, default = typing.Annotated[Any, tyro.conf.Suppress], dataclasses.field(default=f.default)
+        elif Any in among and str in among:
+            shown_as, default = str if isinstance(f.default, str) else str | None, dataclasses.field(default=f.default)
+        elif f.default_factory is hint and (inner := _typed(hint)) is not hint:
+            shown_as, default = inner, dataclasses.field(default_factory=inner)
+        else:
+            continue
+        fields.append((f.name, shown_as, default))
+    if not fields:
         return kind
-    fields = [(f.name, typing.Annotated[Any, tyro.conf.Suppress], dataclasses.field(default=f.default)) for f in hidden]
     shown = dataclasses.make_dataclass(kind.__name__, fields, bases=(kind,), frozen=True, kw_only=True)
     shown.__doc__ = kind.__doc__
     return shown

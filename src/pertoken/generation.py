@@ -182,9 +182,22 @@ def tell(prompts: Sequence[Prompt], drawn: Sequence[Sequence[Drawn]], say: Say) 
             cut = "" if one.trace.ended or one.logw == -math.inf else " [cut off]"
             say(f"{i}{weight}: {note}{cut}")
         table = posterior(some)
-        if len(some) > 1 and (len(table) < len(some) or any(o.logw != some[0].logw for o in some)):
+        if not table:
+            say("no continuation has any weight: every particle died. Allow more tokens or particles, or check whether")
+            say("the constraint can be met from here")
+        elif some[0].meta.get("posterior"):
+            tell_particles(some[0], say)
+        elif len(some) > 1 and (len(table) < len(some) or any(o.logw != some[0].logw for o in some)):
             say("posterior")
             for text, share, count in table:
                 say(f"  {share:7.3f}  {count:3d} x  {text}")
-        if not table:
-            say("no continuation has any weight: the constraint cannot be met from here")
+
+
+def tell_particles(one: Drawn, say: Say) -> None:
+    """What stands behind a draw from weighted particles: the share of each text, deaths, and the marginal."""
+    meta = one.meta
+    say(f"posterior of {meta['particles']} particles, {meta['dead']} of them dead: {meta['target']}")
+    for row in meta["posterior"]:
+        say(f"  {row['share']:7.3f}  {row['text']}")
+    if meta["log_marginal"] is not None:
+        say(f"log of the share of such texts among the model's: {meta['log_marginal']:.3f}")

@@ -4,6 +4,7 @@ constraints have files of their own (test_awrs_estimators, test_awrs_constraints
 
 import itertools
 import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +16,7 @@ from pertoken.core.lm import LM
 from pertoken.core.particles import Particles, smc
 from pertoken.core.rollout import Sampling
 from pertoken.generate._constrained import ConstrainedSampler
-from pertoken.generate._constraints import Predicate
+from pertoken.generate._constraints import Grammar, Predicate
 from pertoken.generate.awrs import AWRS
 from tests import tiny
 
@@ -32,6 +33,13 @@ NEXT = np.array(  # of the last token; row 4 is the prompt's
 )
 TEXTS = (b"ab", b"aab", b"ba", b"bab")
 LANGUAGE = Predicate(prefix=lambda b: any(t.startswith(b) for t in TEXTS), complete=lambda b: b in TEXTS)
+
+WORDS = [
+    bytes(w) + end
+    for n in (2, 3, 4)
+    for w in itertools.product(b"abcdef", repeat=n)
+    for end in (b"", b" ", *(bytes([32, c]) for c in range(97, 123)))
+]
 
 
 class Chain:
@@ -141,6 +149,52 @@ def test_particles_of_one_text_share_what_was_checked():
     assert sampler.counts["calls"] <= 5 < sampler.counts["looks"] and sampler.counts["steps"] == 5
 
 
+@pytest.mark.parametrize("back_end", ["parser", "predicate"])
+def test_what_a_token_begins_with_is_refused_once(back_end):
+    """All of a vocabulary in any order, at texts of four lengths: every answer is the constraint's own, and the calls
+    are the terminator's, one a token that may follow, and at most one (two, where only yes or no is said) for each
+    first byte that is refused, and for each longer beginning."""
+    lm = tiny.lm()
+    piece, pattern = lm.view.piece, re.compile(rb"[a-f]{2,4}( [a-z]?)?")
+    starts = {w[:k] for w in WORDS for k in range(len(w) + 1)}
+    predicate = Predicate(prefix=starts.__contains__, complete=lambda b: bool(pattern.fullmatch(b)))
+    parser, tokens = Grammar.regex("[a-f]{2,4}( [a-z]?)?"), [v for v in range(lm.view.size) if v not in lm.stop_ids]
+    for text in (b"", b"a", b"abc", b"abcd "):
+        sampler = ConstrainedSampler(
+            constraint=parser if back_end == "parser" else predicate, piece=piece, stops=sorted(lm.stop_ids)
+        )
+        node, fresh = sampler.start(1).nodes[0], parser.start()
+        node.state, fresh = node.state.after(text) if text else node.state, fresh.after(text) if text else fresh
+        ask, answers = sampler.check(node), {}
+        for v in np.random.default_rng(0).permutation(tokens).tolist():
+            answers[v] = ask(v)
+            assert answers[v] == (bool(piece(v)) and fresh.allows(piece(v))), piece(v)
+        may = sum(answers.values())
+        refused = {p[: fresh.matcher.validate_tokens(p) + 1] for v in tokens if (p := piece(v)) and not answers[v]}
+        assert sampler.counts["looks"] == len(tokens)
+        assert sampler.counts["calls"] <= may + len(refused) * (1 if back_end == "parser" else 2) + 5
+
+    names = [b"z" + bytes([97 + k // 10, 97 + k % 10]) for k in range(100)]  # a hundred tokens that begin alike
+    language = (
+        Grammar.regex("[a-y]+") if back_end == "parser" else Predicate(prefix=lambda b: b"z" not in b, complete=bool)
+    )
+    sampler = ConstrainedSampler(constraint=language, piece=names.__getitem__, stops=(100,))
+    ask = sampler.check(sampler.start(1).nodes[0])
+    assert not any(ask(v) for v in range(100))
+    assert sampler.counts == {"calls": 1 if back_end == "parser" else 18, "looks": 100, "steps": 0}
+
+
+def test_debug_asks_about_what_begins_with_a_refused_piece():
+    """Else it could not find what is not monotone: a length of one is refused, b"xa" is accepted after many."""
+    odd = Predicate(prefix=lambda b: len(b) != 1, complete=lambda b: True, debug=True)
+    names = [b"x", *(bytes([c]) for c in b"abcdefghijklmnopqrst"), b"xa", b""]
+    sampler = ConstrainedSampler(constraint=odd, piece=names.__getitem__, stops=(22,))
+    ask = sampler.check(sampler.start(1).nodes[0])
+    assert not any(ask(v) for v in range(21))
+    with pytest.raises(ValueError, match="accepts b'xa' but rejects b'x'"):
+        ask(21)
+
+
 def test_tokens_of_no_bytes_are_never_candidates():
     """Token 5 says nothing: pruned, the checks do not see it; else it is rejected without a call."""
     for prune in (True, False):
@@ -153,6 +207,22 @@ def test_tokens_of_no_bytes_are_never_candidates():
         assert set(tokens) == {0} and asked == [b"a"]
         if prune:
             np.testing.assert_allclose(w, math.log(1e-6), rtol=1e-6)
+
+
+@pytest.mark.parametrize("how", [{}, {"temperature": 0.5}, {"temperature": 0}, {"top_p": 0.5}, {"min_new_tokens": 2}])
+def test_particles_die_where_no_token_has_mass(how):
+    """Whatever shapes the weights; with an end that may not come yet, too."""
+    language = Predicate(prefix=lambda b: True, complete=lambda b: True)
+    for only in ((), (EOS,)) if "min_new_tokens" in how else ((),):
+        p = np.zeros(6)
+        p[list(only)] = 1
+        with np.errstate(divide="ignore"):
+            guide = Chain(np.tile(p, (6, 1)))
+        sampler = ConstrainedSampler(
+            constraint=language, piece=PIECES.__getitem__, stops=(EOS,), sampling=Sampling(**how)
+        )
+        found = smc(guide, 0, sampler, Particles(particles=2, max_tokens=3), stops=(EOS,))
+        assert found.tokens == [[], []] and found.log_marginal == -math.inf
 
 
 # ---- the decoder
@@ -230,6 +300,26 @@ def test_sampling_shortens_and_shapes():
     draws = generate("regex:~*", sampling=Sampling(max_new_tokens=3, min_new_tokens=2), n=5)
     assert {len(d.trace) for d in draws} <= {3}
     assert "top_p 0.5" in generate("regex:.*", sampling=Sampling(max_new_tokens=3, top_p=0.5))[0].meta["target"]
+
+
+def test_what_the_posterior_is_about_is_said():
+    """Improper weights stand for no target and estimate no marginal; a critic is part of it; so is the longest text."""
+    meta = generate("regex:[a-z]{2}")[0].meta
+    assert meta["log_marginal"] < 0 and "at most 12 tokens" in meta["target"] and "no target" not in meta["target"]
+    meta = generate("regex:[a-z]{2}", proper_weights=False)[0].meta
+    assert meta["log_marginal"] is None and meta["target"].startswith("no target")
+    assert "times the critic" in generate("regex:[a-z]{2}", critic=lambda t, e: [0.0] * len(t))[0].meta["target"]
+
+
+def test_a_prompt_may_end_inside_a_character():
+    """Its other half begins with a byte that a pattern of whole characters refuses, and a check of bytes may allow."""
+    lm = tiny.lm()
+    first, second = ([v for v in range(lm.view.size) if lm.view.piece(v) == b] for b in (b"\xc3", b"\xa9"))
+    prompt = (*lm.encode_prompt("the plot "), first[0])
+    assert all(d.trace.text.isalpha() for d in generate("regex:[a-z]{2}", prompt=prompt, lm=lm))
+    finishes = Predicate(prefix=lambda b: b"\xa9".startswith(b), complete=lambda b: b == b"\xa9")
+    (drawn,) = generate(finishes, prompt=prompt, lm=lm, n=1, particles=Particles(particles=20, max_tokens=1))
+    assert drawn.trace.completion_ids[:-1] == (second[0],)
 
 
 def test_proposals_and_critics():

@@ -145,6 +145,9 @@ def test_debug_finds_a_predicate_that_takes_back_a_rejection():
         odd.start().allows(b"ab")
     with pytest.raises(ValueError, match="complete accepts b'a', which prefix rejects"):
         odd.start().after(b"a").complete()
+    asked = constraint_of(Predicate(prefix=odd.prefix, complete=odd.complete), debug=True)  # the decoder's option
+    with pytest.raises(ValueError, match="accepts b'ab' but rejects b'a'"):
+        asked.start().allows(b"ab")
     assert Predicate(prefix=starts, complete=starts, debug=True).start().allows(b"aab")
     assert Predicate(prefix=lambda b: len(b) % 2 == 0, complete=starts).start().allows(b"ab")  # unasked, unnoticed
 

@@ -163,6 +163,15 @@ def test_what_is_left_stays_exact_when_almost_all_is_rejected():
     assert estimate(p.copy(), lambda v: v == 0, np.random.default_rng(0), max_rejects=5) == Draw(-1, -INF)
 
 
+def test_the_rest_may_be_the_least_of_doubles():
+    """As at a very low temperature: 1 - R is 1e-309, and so many phantoms that no double holds their number; the weight
+    stays a number near p."""
+    p = np.array([1.0, 1e-309, 1e-309])
+    for seed in range(20):
+        draw = estimate(p.copy(), lambda v: v > 0, np.random.default_rng(seed), estimator="geometric")
+        assert draw.token > 0 and -720 < draw.logw < -685
+
+
 def test_one_allowed_token():
     """x is that token, and the mean of w its p: 2,000 runs each, five standard errors."""
     for how in ("two-round", "recursive", "geometric"):

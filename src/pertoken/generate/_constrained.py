@@ -18,15 +18,17 @@ from ._constraints import Constraint, State
 from ._rejection import estimate
 
 Piece = Callable[[int], bytes]
+BYTES_FROM = 16  # refusals at one text; a few are not worth the calls to learn why
 
 
 class _Node:
-    """A text that particles have come to: where the constraint is, and what was asked there. Particles share it."""
+    """A text that particles have come to: where the constraint is, what was asked there, and the shortest pieces that
+    are known to be refused. Particles share it."""
 
-    __slots__ = ("known", "path", "state")
+    __slots__ = ("known", "path", "refused", "state")
 
     def __init__(self, state: State, path: tuple[int, ...]):
-        self.state, self.path, self.known = state, path, {}
+        self.state, self.path, self.known, self.refused = state, path, {}, set()
 
 
 @dataclass
@@ -45,7 +47,7 @@ class ConstrainedSampler:
 
     Attributes:
         counts: calls of the constraint; tokens that the estimators looked at (more, as particles of one text share
-            calls); steps of particles.
+            calls, and tokens what they begin with); steps of particles.
     """
 
     constraint: Constraint
@@ -143,27 +145,55 @@ class ConstrainedSampler:
             stops = torch.tensor(list(self.stops), device=logw_NV.device)
             out = out.index_fill(1, stops, -torch.inf)
         if self.sampling != Sampling(max_new_tokens=self.sampling.max_new_tokens):
-            out = self.sampling.logps(out)
+            nothing = (out == -torch.inf).all(-1, keepdim=True)  # no token has mass: nothing to shape
+            out = self.sampling.logps(out.masked_fill(nothing, 0.0)).masked_fill(nothing, -torch.inf)
         if self.prune:
             empty = torch.from_numpy(_empty(self.piece, tuple(self.stops), out.shape[1])).to(out.device)
             out = out.masked_fill(empty, -torch.inf)
         return out
 
     def check(self, node: _Node) -> Callable[[int], bool]:
-        """f at a text: of a terminator whether the text is complete, of another token whether it may follow."""
+        """f at a text: of a terminator whether the text is complete, of another token whether it may follow. What a
+        token begins with is not asked about twice: no extension of what was refused is allowed."""
         known, counts, stops, piece = node.known, self.counts, self.stops, self.piece
 
         def ask(token: int) -> bool:
             counts["looks"] += 1
             answer = known.get(token)
             if answer is None:
-                said = piece(token)
-                counts["calls"] += token in stops or bool(said)
-                answer = node.state.complete() if token in stops else bool(said) and node.state.allows(said)
+                if token in stops:
+                    counts["calls"] += 1
+                    answer = node.state.complete()
+                else:
+                    said = piece(token)
+                    answer = bool(said) and not self._refused(node, said) and self._allowed(node, said)
                 known[token] = answer
             return answer
 
         return ask
+
+    def _refused(self, node: _Node, said: bytes) -> bool:
+        """Whether a piece begins with one that was refused."""
+        return bool(node.refused) and any(said[:k] in node.refused for k in range(1, len(said) + 1))
+
+    def _allowed(self, node: _Node, said: bytes) -> bool:
+        """Ask the constraint, and keep what it refuses: the bytes that a parser stopped at, or, of a check that says
+        yes or no, the piece, and from the 17th on its first byte if that is refused, too (a call more)."""
+        self.counts["calls"] += 1
+        reads = getattr(node.state, "reads", None)
+        if reads is not None:
+            end = reads(said)
+            if end < len(said):
+                node.refused.add(said[: end + 1])
+            return end == len(said)
+        answer = node.state.allows(said)
+        if not answer and not getattr(self.constraint, "debug", False):  # which looks for extensions that are allowed
+            first = said[:1]
+            if len(node.refused) >= BYTES_FROM and first != said and first not in node.known:
+                self.counts["calls"] += 1
+                node.known[first] = node.state.allows(first)
+            node.refused.add(said if node.known.get(first, True) else first)
+        return answer
 
     def grown(self, node: _Node, token: int, logp: float) -> _Node:
         """The text with a token more."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -25,7 +25,8 @@ import numpy as np
 
 
 class State(Protocol):
-    """What a constraint has read. Immutable."""
+    """What a constraint has read. Immutable. It may also have ``reads(piece) -> int``, how many bytes of a piece can
+    follow: then what one call refuses is known of every token that begins like it."""
 
     def allows(self, piece: bytes) -> bool:
         """Whether what was read, followed by `piece`, is a prefix of something in the language."""
@@ -77,6 +78,8 @@ def constraint_of(given: Any, *, debug: bool = False) -> Constraint:
         if kind == "json":
             return Grammar.json_schema(rest if rest.lstrip().startswith(("{", "true", "false")) else _read(rest))
         return Grammar.lark(_read(rest))
+    if isinstance(given, Predicate) and debug and not given.debug:
+        return replace(given, debug=True)
     if isinstance(given, Constraint):
         return given
     if callable(getattr(given, "prefix", None)) and callable(getattr(given, "complete", None)):
@@ -119,10 +122,8 @@ def _alphabet() -> Any:
 
 @dataclass(frozen=True, eq=False)
 class Grammar:
-    """A regular expression, a JSON schema or a Lark grammar, by llguidance.
-
-    Whether a regular expression can still be matched is decided exactly; a rule of a grammar that never ends (a: "x" a)
-    is noticed only in that no particle does.
+    """A regular expression, a JSON schema or a Lark grammar, by llguidance. Whether a regular expression can still be
+    matched is decided exactly; a rule that never ends (a: "x" a) is noticed only in that no particle does.
 
     Raises:
         ValueError: it does not compile; it asks for what cannot be kept; nothing matches it.
@@ -168,7 +169,10 @@ class _Parser:
         self.matcher = matcher
 
     def allows(self, piece: bytes) -> bool:
-        return self.matcher.validate_tokens(piece) == len(piece)
+        return self.reads(piece) == len(piece)
+
+    def reads(self, piece: bytes) -> int:
+        return self.matcher.validate_tokens(piece)
 
     def complete(self) -> bool:
         return self.matcher.is_accepting()
@@ -180,14 +184,10 @@ class _Parser:
         return _Parser(grown)
 
 
-# ---- Python functions
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Predicate:
-    """Any check of bytes: a parser, a lookup, a simulator.
-
-    ``prefix`` must be monotone: no extension of what it rejects may be accepted, or the target changes silently.
+    """Any check of bytes: a parser, a lookup, a simulator. ``prefix`` must be monotone: no extension of what it rejects
+    may be accepted, or the target changes silently.
 
     Raises:
         ValueError: from its states: a value that is no Boolean, an exception of a function (with the text that it was

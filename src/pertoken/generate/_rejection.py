@@ -92,7 +92,8 @@ class Pool:
     def phantoms(self) -> float:
         if not 0 < self.rest < 1:
             return 0.0
-        return math.floor(math.log(1.0 - self.rng.random()) / math.log1p(-self.rest))
+        found = math.log(1.0 - self.rng.random()) / math.log1p(-self.rest)
+        return float(math.floor(min(found, 1e300)))  # at 1 - R below 1e-307 the quotient is no number of doubles
 
 
 def two_rounds(pool: Source, check: Check) -> Draw:

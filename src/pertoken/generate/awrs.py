@@ -18,11 +18,13 @@ is of that p.
 all draws weigh alike (logw 0). `Drawn.meta` has the whole posterior (shares of different texts), the log of the
 marginal (the share of the model's texts that the constraint allows), checks and deaths. If every particle died there is
 nothing to draw: empty continuations of logw -inf. Weights may be averaged over runs, the dead ones as 0; log-weights
-may not.
+may not. The constraint reads the continuation's own bytes, from its first: where a prompt of ids ends inside a
+character, only a constraint that allows such bytes lets it be finished.
 
 Differs from the authors' code: tokens are drawn from cumulated weights, one by one, not by keys of the whole vocabulary
-(the same distribution); particles of one text share what was checked; 1 - R is summed anew as it shrinks, so that a
-particle is not killed when more than 1 - 1e-5 was rejected; tokens of no bytes (special ones) are never accepted.
+(the same distribution); particles of one text share what was checked, and a token that begins with a piece that was
+refused there is not checked again (checks are monotone); 1 - R is summed anew as it shrinks, so that a particle is not
+killed when more than 1 - 1e-5 was rejected; tokens of no bytes (special ones) are never accepted.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ from ._constraints import constraint_of
 class AWRS:
     """Options of adaptive weighted rejection sampling."""
 
-    constraint: Any = None
+    constraint: str | Any = None
     """f: ``regex:PATTERN``, ``json:SCHEMA.json``, ``lark:GRAMMAR.lark``, or an object with the functions
     ``prefix(bytes) -> bool`` and ``complete(bytes) -> bool`` (see `_constraints`)."""
     estimator: Literal["auto", "two-round", "recursive", "geometric"] = "auto"
@@ -58,12 +60,13 @@ class AWRS:
     max_rejects: int | None = None
     """Budget of rejected tokens a step (None: all); a particle that spends it dies. Not for two-round."""
     proper_weights: bool = True
-    """False: the first accepted token at weight 1, locally constrained decoding."""
+    """False: the first accepted token at weight 1, locally constrained decoding; the posterior is of no target then,
+    and there is no marginal."""
     prune: bool = True
     """Leave out tokens of no bytes before drawing, instead of rejecting them."""
     particles: Particles = field(default_factory=Particles)
     """N, resampling, longest text (a text that is not complete then is dead; `sampling` may make it shorter)."""
-    proposal: Any = None
+    proposal: str | Any = None
     """q: a model of the same tokenizer (or its path), or a guide."""
     critic: Any = None
     """A Python function (texts as bytes, whether each has ended) -> log-scores: a twist of the weights."""
@@ -106,8 +109,10 @@ class AWRS:
         guide, how, out = LMGuide(lm=lm), sampling or Sampling(), []
         target = (
             f"{lm.name or 'the model'} at temperature {how.temperature:g}, top_p {how.top_p:g}, top_k {how.top_k}, "
-            f"given {constraint.name[:200]}"
+            f"given {constraint.name[:200]}{', times the critic' if self.critic else ''}"
         )
+        if not self.proper_weights:
+            target = f"no target, each token was drawn among those that may follow: {target}"
         for place, prompt in enumerate(prompts):
             ids = guide.ids(prompt)
             longest = min(self.particles.max_tokens, lm.context - len(ids) - 1)
@@ -128,7 +133,8 @@ class AWRS:
             critic = None if self.critic is None else sampler.critic(self.critic)
             particles = replace(self.particles, max_tokens=longest)
             found = smc(guide, prompt, sampler, particles, stops=sampler.stops, seed=seed, place=place, critic=critic)
-            out.append(self._draws(lm, ids, prompt, place, found, sampler, n, seed, target))
+            within = f"{target}, at most {longest} tokens before the end"
+            out.append(self._draws(lm, ids, prompt, place, found, sampler, n, seed, within))
             for k, drawn in enumerate(out[-1] if stream else ()):
                 last = len(drawn.trace) - 1
                 for t, (token, piece) in enumerate(zip(drawn.trace.completion_ids, drawn.trace.completion_pieces)):
@@ -150,7 +156,7 @@ class AWRS:
         weights, text = found.weights(), sampler.text
         meta = {
             "posterior": [{"text": t.decode("utf8", "replace"), "share": w} for t, w in found.posterior(text).items()],
-            "log_marginal": found.log_marginal if weights.any() else None,
+            "log_marginal": found.log_marginal if weights.any() and self.proper_weights else None,
             "target": target,
             "particles": len(weights),
             "dead": int((weights == 0).sum()),

@@ -77,9 +77,9 @@ __all__ = [
 class LMCascade:
     """Decoder of two models: the one that is asked is M1."""
 
-    large: Any = None
+    large: str | Any = None
     """M2: a model, a folder, or a Hub id. Its tokenizer may be another one."""
-    rule: Any = "quantile"
+    rule: str | Any = "quantile"
     """s: sum, average, quantile, or a learned rule (or the file it was saved in)."""
     signal: Signal = "logp"
     """What the fixed rules look at."""
@@ -89,7 +89,7 @@ class LMCascade:
     """tau (default, ours: some token was less likely than 1/2); `calibrated` sets it for a budget."""
     eos: bool = True
     """Whether the terminator is one of the n tokens."""
-    peek: Any = None
+    peek: str | Any = None
     """A learned rule that looks into M2 (or its file): it decides, in place of `rule`, where `rule` lets it look."""
     peek_above: float = -math.inf
     """Where M2's first layers have a look: s of `rule` above this; elsewhere M1 has answered."""

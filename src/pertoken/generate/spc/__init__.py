@@ -41,7 +41,7 @@ __all__ = ["SPC", "Differentiable", "Local", "MaskedLM", "SPCGuide", "Verifier",
 class SPC:
     """Options of SPC."""
 
-    verifier: Any = None
+    verifier: str | Any = None
     """phi_a: a `Verifier`, the file of one, or anything that keeps to `Differentiable`."""
     candidates: int = 10
     """k: the likeliest tokens, which are weighed; the others get probability 0."""

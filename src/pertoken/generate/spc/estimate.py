@@ -81,7 +81,7 @@ class Local:
     ``left``: the LM's next-token distributions, no extra forward. ``auto``: mlm if a masked LM is given, else left."""
     alternatives: int = 8
     """m, likeliest tokens of each position that ``pseudo`` scores."""
-    masked: Any = None
+    masked: str | Any = None
     """A `MaskedLM`, or a folder or Hub id of one, that shares the LM's tokenizer."""
     retokenize: bool = False
     """Let the masked LM have another tokenizer: each sentence is cut anew as text, the boundary of the candidate and
