@@ -116,6 +116,14 @@ def test_first_tokens_never_repeat_and_all_say_something():
     assert [d.meta["round"] for d in drawn] == [k // 7 for k in range(30)]
 
 
+def test_rounds_are_counted_where_the_ranking_gives_fewer_than_were_asked_for(monkeypatch):
+    lm = tiny.lm(chat=False)
+    rounds = iter([[(60, 1), (61, 2)], [(62, 1)], [(63, 1), (64, 2)]])
+    monkeypatch.setattr(ICN, "first_tokens", lambda *_: next(rounds))
+    (drawn,) = ICN(per_round=3, scan=2, layout=LIST).generate(lm, ["films"], n=5, sampling=SHORT)
+    assert [d.meta["round"] for d in drawn] == [0, 0, 1, 2, 2]
+
+
 def test_choosing_is_invariant_to_a_constant():
     lm, rng = tiny.lm(), np.random.default_rng(0)
     x = rng.normal(size=len(lm.tokenizer)).astype(np.float64)
