@@ -358,5 +358,8 @@ def test_refusals():
     lm = tiny.lm(chat=False)
     with pytest.raises(ValueError, match="per_round"):
         ICN(per_round=0)
+    for penalty in (-1.0, math.nan, math.inf):  # without end it would order nothing
+        with pytest.raises(ValueError, match="penalty >= 0"):
+            ICN(penalty=penalty)
     with pytest.raises(ValueError, match="first tokens can be probed"):
         ICN(scan=2, per_round=1, navigate=False, layout=LIST).generate(lm, ["the plot"], n=3, sampling=SHORT)

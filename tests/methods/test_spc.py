@@ -577,5 +577,6 @@ def test_bad_texts():
         train_verifier(lm, ["a", ""], [0, 1])
     with pytest.raises(ValueError, match="pool='max'"):
         VerifierOptions(pool="max")
-    with pytest.raises(ValueError, match="lr > 0"):
-        VerifierOptions(lr=0)
+    for bad in ({"lr": 0}, {"lr": math.inf}, {"sharpness": math.inf}, {"weight_decay": math.nan}, {"weight_decay": -1}):
+        with pytest.raises(ValueError, match="lr and sharpness > 0"):
+            VerifierOptions(**bad)
