@@ -40,11 +40,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import tyro
+from torch import Tensor
 
+from pertoken.core.decode import LMGuide
 from pertoken.core.embed import TextEncoder
 from pertoken.core.lm import LM, load
-from pertoken.core.rollout import Sampling, sample
+from pertoken.core.particles import Particles, smc
+from pertoken.core.rollout import Sampling, inverse_cdf, sample
+from pertoken.core.signals import token_signals
 from pertoken.core.trace import Trace
 from pertoken.generate.spc import SPC, Verifier, VerifierOptions, train_verifier
 from pertoken.results import save_result
@@ -103,6 +108,8 @@ TEST = (
     "The vegetables on the side",
     "By the time we left, I",
 )
+DRAWS = 2
+"""Continuations of each opening by each SPC arm: of one each, the standard error is eleven points."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +182,58 @@ def perplexity(traces: Sequence[Trace]) -> float:
     return float(np.exp(-np.concatenate([t.policy_logps for t in traces if t.policy_logps is not None]).mean()))
 
 
+class TopK:
+    """The LM cut to its k likeliest tokens, as a guide."""
+
+    def __init__(self, lm: LM, k: int):
+        self.base, self.how = LMGuide(lm=lm), Sampling(top_k=k)
+        self.vocabulary, self.start, self.reorder = self.base.vocabulary, self.base.start, self.base.reorder
+
+    def step(self, state: Any, last_ids: Tensor | None) -> Tensor:
+        """log p of the k, renormalised."""
+        return self.how.logps(self.base.step(state, last_ids))
+
+
+class Draws:
+    """Particles' tokens, drawn from the guide: no increment; being cut off costs nothing."""
+
+    def start(self, n: int) -> None:
+        """Nothing is remembered."""
+
+    def step(self, state: None, logw_NV: Tensor, draws: Sequence[np.random.Generator]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and zeros."""
+        uniform = torch.tensor([g.random() for g in draws], dtype=torch.float64, device=logw_NV.device)
+        return inverse_cdf(logw_NV, uniform).cpu().numpy(), np.zeros(len(draws))
+
+    def end(self, state: None, logw_NV: Tensor) -> np.ndarray:
+        """Zeros."""
+        return np.zeros(len(logw_NV))
+
+    def reorder(self, state: None, index: Sequence[int]) -> None:
+        """Nothing to reorder."""
+
+
+def particles(
+    lm: LM, verifier: Verifier, prompts: Sequence[str], k: int, n: int, tokens: int, seed: int
+) -> list[Trace]:
+    """SMC with the verifier as a critic: n particles of top-k sampling, log phi of all text so far as the twist; one
+    particle of the last weights a prompt."""
+    how, out = Particles(particles=n, max_tokens=tokens), []
+    for place, prompt in enumerate(prompts):
+        ids = lm.encode_prompt(prompt)
+        before = [i for i in ids if i not in lm.view.special_ids]
+
+        def critic(some: list[list[int]], _: list[bool], before: list[int] = before) -> np.ndarray:
+            return -np.logaddexp(0, -verifier.log_odds([[*before, *row] for row in some]))
+
+        found = smc(TopK(lm, k), ids, Draws(), how, stops=sorted(lm.stop_ids), seed=seed, place=place, critic=critic)
+        chosen = np.random.default_rng([seed, place]).choice(n, p=found.weights())
+        ended = len(found.tokens[chosen]) < tokens
+        out.append(lm.trace_of_ids(ids, [*found.tokens[chosen], *[lm.terminator] * ended], ended=ended))
+    known = [s["logp"] for s in token_signals(lm, out, ("logp",))]
+    return [dataclasses.replace(t, policy_logps=logp) for t, logp in zip(out, known, strict=True)]
+
+
 def bootstrap(values: np.ndarray, seed: int = 0) -> list[float]:
     """95 % interval of the mean over prompts."""
     rng = np.random.default_rng(seed)
@@ -197,19 +256,33 @@ def main(options: Options) -> None:
 
     how = Sampling(max_new_tokens=tokens, top_k=k)
     plain = Sampling(max_new_tokens=tokens)
-    steered = SPC(verifier=phi, candidates=k, lookahead=ahead, samples=samples)
-    trained = [[d.trace for d in row] for row in steered.generate(lm, prompts, sampling=plain, seed=options.seed)]
     began = time.perf_counter()
-    phi.sharpness.fill_(options.sharpness)
-    sharp = dataclasses.replace(steered, space="logit")
-    spc = [row[0] for row in sharp.generate(lm, prompts, sampling=plain, seed=options.seed)]
-    phi.sharpness.fill_(1.0)
-    seconds = time.perf_counter() - began
-    spent = sum(d.meta["lm_tokens"] for d in spc) / sum(len(d.trace) for d in spc)
+    spc = {}
+    for name, verifier, sharpness in (
+        ("SPC, verifier as trained", phi, 1.0),
+        ("SPC, verifier of prefixes", prefix_phi, options.sharpness),
+        ("SPC", phi, options.sharpness),
+    ):
+        verifier.sharpness.fill_(sharpness)
+        steered = SPC(
+            verifier=verifier,
+            candidates=k,
+            lookahead=ahead,
+            samples=samples,
+            space="probability" if sharpness == 1 else "logit",
+        )
+        spc[name] = steered.generate(lm, prompts, n=DRAWS, sampling=plain, seed=options.seed)
+        verifier.sharpness.fill_(1.0)
+    seconds = (time.perf_counter() - began) / 3
+    main_draws = [d for row in spc["SPC"] for d in row]
+    spent = sum(d.meta["lm_tokens"] for d in main_draws) / sum(len(d.trace) for d in main_draws)
     n = max(5, round(spent / 5) * 5)
     pool = sample(lm, prompts, n, how, seed=options.seed + 1)
     fudge = SPC(verifier=prefix_phi, candidates=k, lookahead=0, samples=1)
     looked = [[d.trace for d in row] for row in fudge.generate(lm, prompts, n=5, sampling=plain, seed=options.seed + 2)]
+    phi.sharpness.fill_(options.sharpness)
+    smc_drawn = particles(lm, phi, prompts, k, n, tokens, options.seed + 3)
+    phi.sharpness.fill_(1.0)
     groups = [[row[i : i + 5] for row in pool] for i in range(0, n, 5)]
     best_PG = np.stack([picked(lm, phi, group) for group in groups], 1)
     fives = [[group[i][j] for group, j in zip(groups, row, strict=True)] for i, row in enumerate(best_PG)]
@@ -217,14 +290,14 @@ def main(options: Options) -> None:
         f"top-{k} sampling": pool,
         "best of 5": fives,
         f"best of {n} (equal LM tokens)": [[row[j]] for row, j in zip(pool, picked(lm, phi, pool), strict=True)],
+        f"SMC, verifier as critic, {n} particles (equal LM tokens)": [[t] for t in smc_drawn],
         "FUDGE": looked,
-        "SPC, verifier as trained": trained,
-        "SPC": [[d.trace] for d in spc],
+        **{name: [[d.trace for d in row] for row in drawn] for name, drawn in spc.items()},
     }
 
     figures: dict[str, dict[str, Any]] = {}
     print(f"\n{len(prompts)} prompts, judged positive (%) with the opening and alone")
-    print(f"{'':<32}{'positive':>9}{'alone':>8}{'verifier':>9}{'perplexity':>11}{'distinct-1':>11}")
+    print(f"{'':<58}{'positive':>9}{'alone':>8}{'verifier':>9}{'perplexity':>11}{'distinct-1':>11}")
     for name, rows in arms.items():
         flat = [t for row in rows for t in row]
         whole = [f"{p}{t.text}" for p, row in zip(prompts, rows, strict=True) for t in row]
@@ -234,20 +307,20 @@ def main(options: Options) -> None:
         figures[name] = {"good": good, "share": 100 * float(good.mean()), "alone": 100 * alone, "ppl": perplexity(flat)}
         figures[name] |= {"verifier": 100 * float((odds > 0).mean()), "distinct": distinct([row[0] for row in rows])}
         f = figures[name]
-        print(f"{name:<32}{f['share']:9.1f}{f['alone']:8.1f}{f['verifier']:9.1f}{f['ppl']:11.2f}{f['distinct']:11.3f}")
+        print(f"{name:<58}{f['share']:9.1f}{f['alone']:8.1f}{f['verifier']:9.1f}{f['ppl']:11.2f}{f['distinct']:11.3f}")
     base, five, ours = figures[f"top-{k} sampling"], figures["best of 5"], figures["SPC"]
     over_base, over_five = ours["share"] - base["share"], ours["share"] - five["share"]
     interval = bootstrap(100 * (ours["good"] - base["good"]))
     interval_five = bootstrap(100 * (ours["good"] - five["good"]))
     ratio = ours["ppl"] / base["ppl"]
-    clipped = sum(d.meta["clipped"] for d in spc) / sum(d.meta["estimates"] for d in spc)
+    clipped = sum(d.meta["clipped"] for d in main_draws) / sum(d.meta["estimates"] for d in main_draws)
     reached = over_base >= 25 and over_five >= 5 and ratio <= 1.3
     print(
         f"\nover base {over_base:+.1f} [{interval[0]:.1f}, {interval[1]:.1f}], over best of 5 {over_five:+.1f} "
         f"[{interval_five[0]:.1f}, {interval_five[1]:.1f}], perplexity x {ratio:.2f}; bound reached: {reached}\n"
         f"{clipped:.3f} of the estimates clipped; {spent:.0f} LM tokens a token drawn; {seconds:.0f} s"
     )
-    for p, d in list(zip(prompts, spc, strict=True))[:6]:
+    for p, (d, *_) in list(zip(prompts, spc["SPC"], strict=True))[:6]:
         print(f"  {p} |{d.trace.text!r}")
     if options.save:
         save_result(

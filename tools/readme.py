@@ -84,7 +84,9 @@ def source(method) -> tuple[Path, str, str]:
         start = fields[0].lineno - 1
         while lines[start - 1].lstrip().startswith("#"):
             start -= 1
-        options = textwrap.dedent("\n".join(lines[start : fields[-1].end_lineno]))
+        after = owner.body[owner.body.index(fields[-1]) + 1 :][:1]  # what the last one is, in words
+        told = [node for node in after if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)]
+        options = textwrap.dedent("\n".join(lines[start : (told or fields)[-1].end_lineno]))
     return path, ast.get_docstring(tree) or "", options
 
 

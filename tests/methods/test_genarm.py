@@ -398,7 +398,11 @@ def test_bad_input():
     for options, prompts, what in cases:
         with pytest.raises(ValueError, match=what):
             GenARM(**options).generate(BASE, prompts, sampling=LONG)
-    for options, what in (({"batch": 0}, "batch=0"), ({"alpha": (math.inf,)}, "finite")):
+    for options, what in (
+        ({"batch": 0}, "batch=0"),
+        ({"alpha": (math.inf,)}, "finite"),
+        ({"alpha": 0.5}, "in a tuple"),
+    ):
         with pytest.raises(ValueError, match=what):
             GenARM(arms=ARM, **options)
     assert GenARM(arms=short, alpha=(0.0,)).generate(BASE, PROMPTS, sampling=LONG)  # not read, so no limit

@@ -116,6 +116,14 @@ def test_first_tokens_never_repeat_and_all_say_something():
     assert [d.meta["round"] for d in drawn] == [k // 7 for k in range(30)]
 
 
+def test_rounds_are_counted_where_the_ranking_gives_fewer_than_were_asked_for(monkeypatch):
+    lm = tiny.lm(chat=False)
+    rounds = iter([[(60, 1), (61, 2)], [(62, 1)], [(63, 1), (64, 2)]])
+    monkeypatch.setattr(ICN, "first_tokens", lambda *_: next(rounds))
+    (drawn,) = ICN(per_round=3, scan=2, layout=LIST).generate(lm, ["films"], n=5, sampling=SHORT)
+    assert [d.meta["round"] for d in drawn] == [0, 0, 1, 2, 2]
+
+
 def test_choosing_is_invariant_to_a_constant():
     lm, rng = tiny.lm(), np.random.default_rng(0)
     x = rng.normal(size=len(lm.tokenizer)).astype(np.float64)
@@ -350,5 +358,8 @@ def test_refusals():
     lm = tiny.lm(chat=False)
     with pytest.raises(ValueError, match="per_round"):
         ICN(per_round=0)
+    for penalty in (-1.0, math.nan, math.inf):  # without end it would order nothing
+        with pytest.raises(ValueError, match="penalty >= 0"):
+            ICN(penalty=penalty)
     with pytest.raises(ValueError, match="first tokens can be probed"):
         ICN(scan=2, per_round=1, navigate=False, layout=LIST).generate(lm, ["the plot"], n=3, sampling=SHORT)

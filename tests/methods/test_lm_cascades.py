@@ -422,3 +422,14 @@ def test_refusals(tmp_path):
         LMCascade(threshold=math.nan)
     with pytest.raises(ValueError, match="alpha"):
         LMCascade(alpha=2.0)
+    for options, what in (
+        ({"kind": "linear"}, "mlp or logistic"),
+        ({"predict": "q1"}, "gain or wrong"),
+        ({"target": "minmax"}, "not one of min-max, rank"),
+        ({"seeds": ()}, "a seed or more"),
+        ({"rate": math.nan}, "rate > 0"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            Learning(**options)
+    with pytest.raises(ValueError, match="not one of min-max, rank"):
+        targets([0.0, 1.0], "minmax")

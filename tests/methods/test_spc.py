@@ -381,6 +381,20 @@ def test_another_tokenizer_is_refused_or_cut_anew():
     assert all(0 < p <= 1 for p in drawn.meta["probability"])
 
 
+def test_the_masked_lm_may_be_a_folder(tmp_path):
+    """Loaded where the LM is; one that is elsewhere answers where it was asked."""
+    lm = tiny.lm()
+    masked = bert(lm)
+    masked.model.save_pretrained(tmp_path)
+    masked.tokenizer.save_pretrained(tmp_path)
+    how = SPC(verifier=Phi(lm), local=Local(masked=tmp_path)).guide(lm)
+    assert how.masked.model.device == lm.device and how.masked.shares(lm)
+    ids, mask, at = torch.tensor([[20, 30, 40]]), torch.ones(1, 3, dtype=torch.bool), torch.tensor([1])
+    np.testing.assert_allclose(how.masked.logps(ids, mask, at), masked.logps(ids, mask, at), atol=1e-6)
+    with pytest.raises(ValueError, match="no masked LM at"):
+        MaskedLM.load(tmp_path / "nothing")
+
+
 # ---- generation
 
 
@@ -563,5 +577,6 @@ def test_bad_texts():
         train_verifier(lm, ["a", ""], [0, 1])
     with pytest.raises(ValueError, match="pool='max'"):
         VerifierOptions(pool="max")
-    with pytest.raises(ValueError, match="lr > 0"):
-        VerifierOptions(lr=0)
+    for bad in ({"lr": 0}, {"lr": math.inf}, {"sharpness": math.inf}, {"weight_decay": math.nan}, {"weight_decay": -1}):
+        with pytest.raises(ValueError, match="lr and sharpness > 0"):
+            VerifierOptions(**bad)

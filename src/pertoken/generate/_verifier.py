@@ -70,8 +70,11 @@ class VerifierOptions:
         if self.pool not in ("mean", "attention"):
             raise ValueError(f"pool={self.pool!r} is not one of mean, attention")
         counts = min(self.epochs, self.batch, self.longest) >= 1 and self.width >= 0
-        if not (counts and 0 <= self.dropout < 1 and min(self.lr, self.sharpness) > 0):
-            raise ValueError(f"{self}: counts >= 1, width >= 0, 0 <= dropout < 1, lr > 0 and sharpness > 0 are needed")
+        rates = all(0 < x < math.inf for x in (self.lr, self.sharpness)) and 0 <= self.weight_decay < math.inf
+        if not (counts and rates and 0 <= self.dropout < 1):
+            raise ValueError(
+                f"{self}: counts >= 1, width and weight_decay >= 0, 0 <= dropout < 1, lr and sharpness > 0 are needed"
+            )
 
 
 class Verifier(nn.Module):

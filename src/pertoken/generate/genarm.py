@@ -119,8 +119,8 @@ class GenARM:
     def __post_init__(self) -> None:
         if self.batch < 1:
             raise ValueError(f"batch={self.batch}: give 1 or more")
-        if not np.isfinite(np.asarray(self.alpha, float)).all():
-            raise ValueError(f"alpha={self.alpha} must be finite numbers")
+        if np.ndim(self.alpha) != 1 or not np.isfinite(np.asarray(self.alpha, float)).all():
+            raise ValueError(f"alpha={self.alpha} must be finite numbers in a tuple, as (1.0,)")
 
     def guides(self, lm: LM) -> list[Guide]:
         """The reward models as guides, checked against the base.

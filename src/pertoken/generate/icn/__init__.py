@@ -116,7 +116,12 @@ class ICN:
     """lambda of the cosine to the keys of earlier first tokens. Ours."""
 
     def __post_init__(self) -> None:
-        if self.per_round < 1 or self.longest < 1 or min(self.scan, self.per_cluster) < 0 or not self.penalty >= 0:
+        if (
+            self.per_round < 1
+            or self.longest < 1
+            or min(self.scan, self.per_cluster) < 0
+            or not 0 <= self.penalty < np.inf
+        ):
             raise ValueError(f"{self}: per_round, longest >= 1; scan, per_cluster, penalty >= 0 are needed")
 
     def context(self, lm: LM, prompt: Any, explored: Sequence[str], room: int) -> tuple[int, ...]:
@@ -210,7 +215,7 @@ class ICN:
             known: set[str] = {normalised(g) for g in self.layout.given}
             probed: list[int] = []
             drawn: list[Drawn] = []
-            draws = generators(seed, i, n)
+            draws, rounds = generators(seed, i, n), 0
             while len(drawn) < n:
                 here = self.context(lm, prompt, explored if self.navigate else (), how.max_new_tokens)
                 new = self.first_tokens(lm, next_logits(lm, here), probed, min(self.per_round, n - len(drawn)))
@@ -230,13 +235,14 @@ class ICN:
                 for k, trace, (token, rank) in zip(numbers, traces, new, strict=True):
                     answer = self.layout.answer(trace.text)
                     fresh = bool(answer) and normalised(answer) not in known
-                    meta = {"answer": answer, "round": len(drawn) // self.per_round, "rank": rank, "listed": fresh}
+                    meta = {"answer": answer, "round": rounds, "rank": rank, "listed": fresh}
                     meta |= {"first": lm.view.piece(token).decode("utf-8")}
                     place = trace.sampling | {"seed": seed, "place": [i, k]}
                     drawn.append(Drawn(replace(trace, sampling=place, meta={"prompt": prompt}), meta=meta))
                     if fresh:
                         known.add(normalised(answer))
                         explored.append(answer)
+                rounds += 1
             out.append(drawn)
         return out
 

@@ -16,11 +16,18 @@ from .curves import area, deferral_curve, usable
 
 FEWEST = 5
 """Examples on which the large model must be better, in each part of the training split; below, nothing is learned."""
+TARGETS = ("min-max", "rank")
 
 
 def targets(gain_N: Any, how: str = "min-max") -> np.ndarray:
     """Gains of the training split as targets in [0, 1]: ``min-max`` (d - min) / (max - min), or ``rank``
-    (average rank - 1) / (n - 1)."""
+    (average rank - 1) / (n - 1).
+
+    Raises:
+        ValueError: another name.
+    """
+    if how not in TARGETS:
+        raise ValueError(f"target={how!r} is not one of {', '.join(TARGETS)}")
     gain = np.asarray(gain_N, np.float64)
     if how == "min-max":
         return (gain - gain.min()) / max(float(np.ptp(gain)), 1e-300)
@@ -52,6 +59,17 @@ class Learning:
     """Examples of a step."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One g each, whose outputs are averaged."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("mlp", "logistic") or self.predict not in ("gain", "wrong"):
+            raise ValueError(f"kind={self.kind!r}, predict={self.predict!r}: mlp or logistic, gain or wrong")
+        if self.target not in TARGETS:
+            raise ValueError(f"target={self.target!r} is not one of {', '.join(TARGETS)}")
+        counts = min(self.width, self.epochs, self.patience, self.batch, len(self.seeds)) >= 1
+        if not (counts and 0 < self.rate < math.inf and 0 <= self.decay < math.inf):
+            raise ValueError(
+                f"{self}: width, epochs, patience and batch >= 1, a seed or more, rate > 0 and decay >= 0 are needed"
+            )
 
     def fit(self, phi_ND: np.ndarray, q1_N: Any, q2_N: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
         """Train g by the cross-entropy of sigmoid(g(phi)) and the target.

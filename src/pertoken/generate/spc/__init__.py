@@ -89,7 +89,7 @@ class SPC:
         phi = Verifier.load(self.verifier, lm) if isinstance(self.verifier, str | Path) else self.verifier
         check_vocabulary(phi.fingerprint, lm)
         masked = self.local.masked
-        masked = MaskedLM.load(masked) if isinstance(masked, str | Path) else masked
+        masked = MaskedLM.load(masked, lm.device) if isinstance(masked, str | Path) else masked
         if masked is not None and not self.local.retokenize and not masked.shares(lm):
             raise ValueError(
                 "the masked LM has another tokenizer than the LM; give one that shares it, or say retokenize=True"

@@ -33,7 +33,7 @@ class MaskedLM:
         self.after = [tokenizer.sep_token_id] if tokenizer.sep_token_id is not None else []
 
     @classmethod
-    def load(cls, source: str | Path) -> MaskedLM:
+    def load(cls, source: str | Path, device: Any = None) -> MaskedLM:
         """From a folder or a Hub id.
 
         Raises:
@@ -43,7 +43,8 @@ class MaskedLM:
 
         try:
             with quiet():
-                return cls(AutoModelForMaskedLM.from_pretrained(source), AutoTokenizer.from_pretrained(source))
+                model, tokenizer = AutoModelForMaskedLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+                return cls(model.to(device), tokenizer)
         except (OSError, ImportError) as error:
             raise ValueError(
                 f"no masked LM at {str(source)!r}: give a folder or a Hub id in reach ({error})"
@@ -72,7 +73,7 @@ class MaskedLM:
                 logits = self.model(input_ids=ids, attention_mask=attention.long()).logits[:, 0]
         finally:
             hook.remove()
-        return at_least_float32(logits).log_softmax(-1)
+        return at_least_float32(logits).log_softmax(-1).to(ids_NW.device)
 
 
 def gibbs(
