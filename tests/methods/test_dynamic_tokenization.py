@@ -477,6 +477,48 @@ def test_nats_are_those_of_the_next_base_token():
     assert read.nats([[0], []], merge([[0], []], read.boundary, 0)) == (0.0, 0)
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_adaptation_trains_on_what_is_scored(share):
+    """The first loss by hand (the adapter begins at nothing): at share 0 of the base tokens, at 1 of merged ones."""
+    read = reader(dtype=torch.float32)
+    rows = [[0, *tiny.tokenizer().encode(text, add_special_tokens=False), 1] for text in tiny.TEXTS[:3]]
+    merged, wanted = merge(rows, read.boundary, None if share else 0), []
+    for n, row in enumerate(rows):
+        logp = read.model.lm_head(read.hidden([merged.rows[n]])[0][0]).log_softmax(-1)
+        wanted += [-logp[k, row[e + 1]].item() for k, e in enumerate(merged.ends(n, len(row))[:-1]) if row[e + 1] != 1]
+    before = {k: v.clone() for k, v in read.model.state_dict().items()}
+    state = torch.random.get_rng_state()
+    other, losses = read.adapt(rows, reduction=share, steps=12, batch=3, lr=3e-3)
+    assert losses[0] == pytest.approx(np.mean(wanted), rel=1e-4) and losses[-1] < 0.9 * losses[0]
+    own = other.nats(rows, DynamicTokenization(merges=len(merged.steps)).merge(rows, other.boundary))
+    first = read.nats(rows, merged)
+    assert own[0] < 0.9 * first[0] and own[1] == first[1] and first[0] == pytest.approx(sum(wanted), rel=1e-4)
+    assert all(torch.equal(v, before[k]) for k, v in read.model.state_dict().items())
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert [k for k, _ in other.model.named_parameters()] == [k for k, _ in read.model.named_parameters()]  # merged
+
+
+def test_adaptation_draws_m_and_refuses_nothing_to_predict():
+    """M of the batch is drawn from 0 to the limit, by the seed; a hypernetwork's rows are read and not trained."""
+    net = Hypernetwork.fresh(tiny.llama(), seed=1, width=16)
+    torch.nn.init.normal_(net.leave.weight)
+    read = reader(dtype=torch.float32, hypernetwork=net)
+    rows = [tiny.tokenizer().encode(text, add_special_tokens=False) for text in tiny.TEXTS[:1]]
+    limit, possible = merge(rows, read.boundary), set()
+    for merges in range(len(limit.steps) + 1):
+        how = merge(rows, read.boundary, merges)
+        possible.add(read.nats(rows, how)[0] / (len(how.rows[0]) - 1))
+    losses = read.adapt(rows, steps=6, batch=2, lr=1e-12)[1]
+    assert all(min(abs(x - y) for y in possible) < 1e-4 for x in losses) and len({round(x, 3) for x in losses}) > 2
+    assert losses == read.adapt(rows, steps=6, batch=2, lr=1e-12)[1]
+    assert all(p.grad is None for p in net.parameters())
+    for bad in ([[0]], [[], [5, 1]]):
+        with pytest.raises(ValueError, match="0 texts"):
+            read.adapt(bad)
+    with pytest.raises(ValueError, match=r"reduction=1\.5"):
+        read.adapt(rows, reduction=1.5)
+
+
 def test_prefill_goes_on_where_the_merged_prompt_ends():
     """Rows of unequal length, left-padded, say what each says alone."""
     read = reader(reduction=0.9)
