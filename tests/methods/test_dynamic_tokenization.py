@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
 
 from pertoken.tokenize.dynamic_tokenization import (
     Draw,
@@ -667,6 +667,29 @@ def test_generation_is_greedy_decoding_when_nothing_is_new():
         assert some == ids[len(prompt) :]
         said = b"".join(map(read.symbols.piece, some))
         assert said.decode("utf-8", "replace").startswith(text) and len(text) >= len(said.decode("utf-8", "ignore"))
+
+
+@pytest.mark.parametrize("config", [{"logits_scaling": 0.1}, {"final_logit_softcapping": 0.05}])
+def test_candidates_have_the_logits_of_the_model(config):
+    """An architecture that scales or caps its logits after the head: the one drawn is as likely as the model says."""
+    kind = (GraniteConfig, GraniteForCausalLM) if "logits_scaling" in config else (Gemma2Config, Gemma2ForCausalLM)
+    size = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": None}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = kind[1](kind[0](vocab_size=len(tiny.tokenizer()), **size, **heads, **config)).double().eval()
+    read = DynamicTokenization().on(model, tiny.tokenizer())
+    words, seen = Vocabulary(list(range(read.symbols.base)), read.embeddings), []
+
+    class Spy(Draw):
+        def probabilities(self, logits, used, eos):
+            seen.append(super().probabilities(logits, used, eos))
+            return seen[-1]
+
+    whole = Spy(neighbours=read.symbols.base, repetition=1.0, top_k=0, min_p=0.0)
+    generate(read, words, Index(words.outputs, words.bias), [[0, 70]], stop=[1], most=1, draw=whole)
+    wanted = model(torch.tensor([[0, 70]])).logits[0, -1].softmax(-1)
+    np.testing.assert_allclose(sorted(seen[0]), sorted(wanted.tolist()), rtol=1e-4)
 
 
 def test_generation_ends():

@@ -11,7 +11,8 @@ split at white space (``word``), that and no punctuation joins on the right but 
 (``sentence``); special tokens never merge; (3) bytes that are no text (but for ``sentence``) lie inside one character.
 M = 0 gives the base tokens, M without limit one token a pre-token. Merges depend on the batch: `Merged.steps` replays.
 
-Embeddings of new tokens: `embeddings`. Task adaptation of the model (LoRA, merged): `Retrofitted.adapt`. Generation over a million tokens by an index: `vocabulary`.
+Embeddings of new tokens: `embeddings`. Generation over a million tokens by an index: `vocabulary`. Task adaptation of
+the model (LoRA, merged into it): `Retrofitted.adapt`.
 
 Differs from the authors' code: (3), where they allow any merge (``compat="reference"``); special tokens are blocked by
 name, not by how the pre-tokenizer cuts them; counts are kept up to date, not made afresh (the same merges).
