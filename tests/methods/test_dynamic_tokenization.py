@@ -653,6 +653,14 @@ def test_draws_by_hand():
     assert end.tolist() == [0, 0, 0, 1]
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"min_p": 1.5}, {"repetition": 0.0}, {"temperature": -1.0}, {"top_k": -1}, {"neighbours": 0}]
+)
+def test_draws_out_of_range(wrong):
+    with pytest.raises(ValueError, match="min_p lie between 0 and 1"):
+        Draw(**wrong)
+
+
 def test_generation_is_greedy_decoding_when_nothing_is_new():
     """Over the base vocabulary, exhaustive and greedy: the model's own argmax, token by token."""
     read = reader()

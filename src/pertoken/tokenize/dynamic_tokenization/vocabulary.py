@@ -128,6 +128,14 @@ class Draw:
     min_p: float = 0.1
     """Least probability, as a share of the likeliest one's."""
 
+    def __post_init__(self) -> None:
+        low = min(self.neighbours - 1, self.temperature, self.top_k, self.min_p)
+        if low < 0 or self.min_p > 1 or self.repetition <= 0:
+            raise ValueError(
+                f"{self}: neighbours must be 1 or more, temperature and top_k 0 or more, min_p lie between 0 and 1, "
+                "repetition above 0"
+            )
+
     def probabilities(self, logits: np.ndarray, used: np.ndarray, eos: np.ndarray) -> np.ndarray:
         """Probabilities (C,) of candidates: logits (C,), whether each was used, whether it is EOS."""
         logits = logits.astype(np.float64) + self.eos_bias * eos
