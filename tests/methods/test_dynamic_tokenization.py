@@ -12,6 +12,7 @@ import torch
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import BertConfig, BertModel, Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
 
+from pertoken.core.bytes import byte_view
 from pertoken.tokenize.dynamic_tokenization import (
     Draw,
     DynamicTokenization,
@@ -254,6 +255,20 @@ def test_the_order_of_rows_changes_only_ties():
         order = np.random.default_rng(seed).permutation(len(rows))
         other = merge([rows[i] for i in order], boundary, 2)
         assert other.steps == found.steps and other.rows == [found.rows[i] for i in order]
+
+
+@pytest.mark.parametrize("make", [tiny.tokenizer, tiny.sentencepiece, tiny.wordpiece])
+def test_pieces_are_those_of_the_batch(make):
+    """What `pertoken tokenize` shows: each text in the tokens it has as a part of this batch, to the byte."""
+    tokenizer, texts = make(), ["the great plots were great", "", "a great plot", "great"]
+    assert DynamicTokenization(merges=0).pieces(texts, tokenizer) == [
+        [*byte_view(tokenizer).pieces_of_text(text)[1]] for text in texts
+    ]
+    found = DynamicTokenization(reduction=1.0).pieces(texts, tokenizer)
+    assert [b"".join(some).decode() for some in found] == texts and found[1] == []
+    ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    rows = merge(ids, DynamicTokenization().rule(Symbols(tokenizer))).rows
+    assert [len(some) for some in found] == [len(row) for row in rows] and len(found[0]) < len(ids[0])
 
 
 def test_replay():

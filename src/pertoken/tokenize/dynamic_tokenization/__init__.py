@@ -24,6 +24,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -113,6 +114,16 @@ class DynamicTokenization:
     def encode(self, texts: Sequence[str], symbols: Symbols, **options: Any) -> list[list[int]]:
         """Base ids of texts; `options` are the tokenizer's (``truncation``, ``max_length``)."""
         return [list(ids) for ids in symbols.tokenizer(list(texts), **options)["input_ids"]]
+
+    def pieces(self, texts: Sequence[str], tokenizer: Any) -> list[list[bytes]]:
+        """Bytes of the tokens of each text; the texts are one batch, padding and specials left out."""
+        symbols = Symbols(tokenizer)
+        cut = [symbols.view.pieces_of_text(text) for text in texts]
+        starts = self.merge([ids for ids, _ in cut], self.rule(symbols)).starts
+        return [
+            [b"".join(said[a:b]) for a, b in pairwise([*some, len(said)])]
+            for (_, said), some in zip(cut, starts, strict=True)
+        ]
 
     def on(self, model: Any, tokenizer: Any) -> Retrofitted:
         """These options at work on a transformers model (of an `LM`: its ``causal``) and its tokenizer."""
