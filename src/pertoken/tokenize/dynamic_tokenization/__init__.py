@@ -73,8 +73,8 @@ class DynamicTokenization:
     """What a merged token may not cross."""
     per_example: bool = False
     """Count, and merge M times, within each row instead of the batch."""
-    hypernetwork: str | Path | Hypernetwork | None = None
-    """What predicts embeddings of new tokens (or the file it was saved to); None: FVT, the mean of the parts."""
+    hypernetwork: Any = None
+    """What predicts embeddings of new tokens, a `Hypernetwork` or its file; None: FVT, the mean of the parts."""
     predict_base: bool = False
     """Base tokens get predicted embeddings, too."""
     cache: int = 5000
