@@ -650,6 +650,30 @@ def test_indices_find_long_vectors_too():
     assert ((sparse[0] == -1) == np.isinf(sparse[1])).all() and (sparse[0] == -1).any()
 
 
+def test_an_index_scaled_by_states_finds_more():
+    """States in 3 of 24 directions, rows that differ in all: without them lists part the rows in vain. All lists give
+    the exact order either way, of states that the sample does not know, too."""
+    pytest.importorskip("faiss")
+    rng = np.random.default_rng(2)
+    few = rng.normal(size=(3, 24))
+    make = lambda n: torch.from_numpy((rng.normal(size=(n, 3)) @ few + 0.01 * rng.normal(size=(n, 24))).astype("f4"))
+    outputs, bias = (torch.from_numpy(rng.normal(size=s).astype(np.float32)) for s in ((4000, 24), (4000,)))
+    sample, asked = make(300), make(100)
+    exact = Index(outputs, bias).search(asked, 5)
+    hits = {}
+    for name, states in (("plain", None), ("scaled", sample)):
+        index = Index(outputs, bias, "ivf", lists=60, probes=2, states=states)
+        places, logits = index.search(asked, 5)
+        wanted = (asked @ outputs.T + bias).gather(1, torch.from_numpy(places)).numpy()
+        np.testing.assert_allclose(logits, wanted, rtol=1e-4, atol=1e-4)
+        hits[name] = (places[:, 0] == exact[0][:, 0]).mean()
+        index.probes(60)
+        assert (index.search(asked, 5)[0] == exact[0]).mean() > 0.99
+        other = torch.from_numpy(rng.normal(size=(20, 24)).astype(np.float32))
+        assert (index.search(other, 1)[0] == Index(outputs, bias).search(other, 1)[0]).all()
+    assert hits["scaled"] > hits["plain"] + 0.2, hits
+
+
 def test_draws_by_hand():
     logits, no = np.array([2.0, 1.0, -1.0, 0.0]), np.zeros(4, bool)
     plain = Draw(repetition=1.0, min_p=0.0, top_k=0)
