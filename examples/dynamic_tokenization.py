@@ -10,7 +10,10 @@ The space of the index is scaled by states of training sentences, and its probes
 
 The specification trains for 2,000 + 2,000 steps of 32 sentences, which is minutes on a GPU and a day on two cores. By
 default this is cut to what the options say, too little for the bound: then the figure says what so little training
-gives, no more.
+gives, no more. A first run (150 + 16 steps, both at 1e-3, 96 boundaries a batch) had stage (i) bring FVT's 17.5 % more
+nats down to 13.8 %, and stage (ii) bring them up again, to 15.7 %: few steps at that rate are noise. Hence more of
+stage (i), and a lower rate and all boundaries in stage (ii). Its index, not scaled by states, found the best token in
+91.6 % at 160 of 500 lists, 3.6 times as fast as the product.
 
     python examples/dynamic_tokenization.py                     seven minutes of one core
     python examples/dynamic_tokenization.py --full              the specification's training; wants a GPU
