@@ -267,6 +267,11 @@ def test_tokenize_shows_both_cuts(model, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and lines[0].startswith("ordinary") and lines[1].startswith("stochastok")
     assert lines[0].split("  ")[-1].replace("|", "") == lines[1].split("  ")[-1].replace("|", "")
+    words = ["--file", str(file), "--model", model, "--reduction", "1", "--cache", "9"]
+    assert main(["tokenize", "dynamic-tokenization", *words]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and lines[1].startswith("dynamic-tokenization")
+    assert [line.split("  ")[-1] for line in lines[1::2]] == ["the| plot| was| great", "so"]
     file.write_bytes(b"\xff\xfe")
     assert main(["tokenize", "stochastok", "--file", str(file), "--model", model]) == 2
     assert "not UTF-8 at byte 0" in capsys.readouterr().err

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
 
+from pertoken.core.bytes import byte_view
 from pertoken.tokenize.dynamic_tokenization import (
     Draw,
     DynamicTokenization,
@@ -256,6 +257,20 @@ def test_the_order_of_rows_changes_only_ties():
         assert other.steps == found.steps and other.rows == [found.rows[i] for i in order]
 
 
+@pytest.mark.parametrize("make", [tiny.tokenizer, tiny.sentencepiece, tiny.wordpiece])
+def test_pieces_are_those_of_the_batch(make):
+    """What `pertoken tokenize` shows: each text in the tokens it has as a part of this batch, to the byte."""
+    tokenizer, texts = make(), ["the great plots were great", "", "a great plot", "great"]
+    assert DynamicTokenization(merges=0).pieces(texts, tokenizer) == [
+        [*byte_view(tokenizer).pieces_of_text(text)[1]] for text in texts
+    ]
+    found = DynamicTokenization(reduction=1.0).pieces(texts, tokenizer)
+    assert [b"".join(some).decode() for some in found] == texts and found[1] == []
+    ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    rows = merge(ids, DynamicTokenization().rule(Symbols(tokenizer))).rows
+    assert [len(some) for some in found] == [len(row) for row in rows] and len(found[0]) < len(ids[0])
+
+
 def test_replay():
     """The same batch again; and other rows by the merges of this one."""
     tokenizer = tiny.tokenizer()
@@ -477,6 +492,48 @@ def test_nats_are_those_of_the_next_base_token():
     assert read.nats([[0], []], merge([[0], []], read.boundary, 0)) == (0.0, 0)
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_adaptation_trains_on_what_is_scored(share):
+    """The first loss by hand (the adapter begins at nothing): at share 0 of the base tokens, at 1 of merged ones."""
+    read = reader(dtype=torch.float32)
+    rows = [[0, *tiny.tokenizer().encode(text, add_special_tokens=False), 1] for text in tiny.TEXTS[:3]]
+    merged, wanted = merge(rows, read.boundary, None if share else 0), []
+    for n, row in enumerate(rows):
+        logp = read.model.lm_head(read.hidden([merged.rows[n]])[0][0]).log_softmax(-1)
+        wanted += [-logp[k, row[e + 1]].item() for k, e in enumerate(merged.ends(n, len(row))[:-1]) if row[e + 1] != 1]
+    before = {k: v.clone() for k, v in read.model.state_dict().items()}
+    state = torch.random.get_rng_state()
+    other, losses = read.adapt(rows, reduction=share, steps=12, batch=3, lr=3e-3)
+    assert losses[0] == pytest.approx(np.mean(wanted), rel=1e-4) and losses[-1] < 0.9 * losses[0]
+    own = other.nats(rows, DynamicTokenization(merges=len(merged.steps)).merge(rows, other.boundary))
+    first = read.nats(rows, merged)
+    assert own[0] < 0.9 * first[0] and own[1] == first[1] and first[0] == pytest.approx(sum(wanted), rel=1e-4)
+    assert all(torch.equal(v, before[k]) for k, v in read.model.state_dict().items())
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert [k for k, _ in other.model.named_parameters()] == [k for k, _ in read.model.named_parameters()]  # merged
+
+
+def test_adaptation_draws_m_and_refuses_nothing_to_predict():
+    """M of the batch is drawn from 0 to the limit, by the seed; a hypernetwork's rows are read and not trained."""
+    net = Hypernetwork.fresh(tiny.llama(), seed=1, width=16)
+    torch.nn.init.normal_(net.leave.weight)
+    read = reader(dtype=torch.float32, hypernetwork=net)
+    rows = [tiny.tokenizer().encode(text, add_special_tokens=False) for text in tiny.TEXTS[:1]]
+    limit, possible = merge(rows, read.boundary), set()
+    for merges in range(len(limit.steps) + 1):
+        how = merge(rows, read.boundary, merges)
+        possible.add(read.nats(rows, how)[0] / (len(how.rows[0]) - 1))
+    losses = read.adapt(rows, steps=6, batch=2, lr=1e-12)[1]
+    assert all(min(abs(x - y) for y in possible) < 1e-4 for x in losses) and len({round(x, 3) for x in losses}) > 2
+    assert losses == read.adapt(rows, steps=6, batch=2, lr=1e-12)[1]
+    assert all(p.grad is None for p in net.parameters())
+    for bad in ([[0]], [[], [5, 1]]):
+        with pytest.raises(ValueError, match="0 texts"):
+            read.adapt(bad)
+    with pytest.raises(ValueError, match=r"reduction=1\.5"):
+        read.adapt(rows, reduction=1.5)
+
+
 def test_prefill_goes_on_where_the_merged_prompt_ends():
     """Rows of unequal length, left-padded, say what each says alone."""
     read = reader(reduction=0.9)
@@ -593,6 +650,30 @@ def test_indices_find_long_vectors_too():
     assert ((sparse[0] == -1) == np.isinf(sparse[1])).all() and (sparse[0] == -1).any()
 
 
+def test_an_index_scaled_by_states_finds_more():
+    """States in 3 of 24 directions, rows that differ in all: without them lists part the rows in vain. All lists give
+    the exact order either way, of states that the sample does not know, too."""
+    pytest.importorskip("faiss")
+    rng = np.random.default_rng(2)
+    few = rng.normal(size=(3, 24))
+    make = lambda n: torch.from_numpy((rng.normal(size=(n, 3)) @ few + 0.01 * rng.normal(size=(n, 24))).astype("f4"))
+    outputs, bias = (torch.from_numpy(rng.normal(size=s).astype(np.float32)) for s in ((4000, 24), (4000,)))
+    sample, asked = make(300), make(100)
+    exact = Index(outputs, bias).search(asked, 5)
+    hits = {}
+    for name, states in (("plain", None), ("scaled", sample)):
+        index = Index(outputs, bias, "ivf", lists=60, probes=2, states=states)
+        places, logits = index.search(asked, 5)
+        wanted = (asked @ outputs.T + bias).gather(1, torch.from_numpy(places)).numpy()
+        np.testing.assert_allclose(logits, wanted, rtol=1e-4, atol=1e-4)
+        hits[name] = (places[:, 0] == exact[0][:, 0]).mean()
+        index.probes(60)
+        assert (index.search(asked, 5)[0] == exact[0]).mean() > 0.99
+        other = torch.from_numpy(rng.normal(size=(20, 24)).astype(np.float32))
+        assert (index.search(other, 1)[0] == Index(outputs, bias).search(other, 1)[0]).all()
+    assert hits["scaled"] > hits["plain"] + 0.2, hits
+
+
 def test_draws_by_hand():
     logits, no = np.array([2.0, 1.0, -1.0, 0.0]), np.zeros(4, bool)
     plain = Draw(repetition=1.0, min_p=0.0, top_k=0)
@@ -611,6 +692,14 @@ def test_draws_by_hand():
     assert end.tolist() == [0, 0, 0, 1]
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"min_p": 1.5}, {"repetition": 0.0}, {"temperature": -1.0}, {"top_k": -1}, {"neighbours": 0}]
+)
+def test_draws_out_of_range(wrong):
+    with pytest.raises(ValueError, match="min_p lie between 0 and 1"):
+        Draw(**wrong)
+
+
 def test_generation_is_greedy_decoding_when_nothing_is_new():
     """Over the base vocabulary, exhaustive and greedy: the model's own argmax, token by token."""
     read = reader()
@@ -625,6 +714,29 @@ def test_generation_is_greedy_decoding_when_nothing_is_new():
         assert some == ids[len(prompt) :]
         said = b"".join(map(read.symbols.piece, some))
         assert said.decode("utf-8", "replace").startswith(text) and len(text) >= len(said.decode("utf-8", "ignore"))
+
+
+@pytest.mark.parametrize("config", [{"logits_scaling": 0.1}, {"final_logit_softcapping": 0.05}])
+def test_candidates_have_the_logits_of_the_model(config):
+    """An architecture that scales or caps its logits after the head: the one drawn is as likely as the model says."""
+    kind = (GraniteConfig, GraniteForCausalLM) if "logits_scaling" in config else (Gemma2Config, Gemma2ForCausalLM)
+    size = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": None}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = kind[1](kind[0](vocab_size=len(tiny.tokenizer()), **size, **heads, **config)).double().eval()
+    read = DynamicTokenization().on(model, tiny.tokenizer())
+    words, seen = Vocabulary(list(range(read.symbols.base)), read.embeddings), []
+
+    class Spy(Draw):
+        def probabilities(self, logits, used, eos):
+            seen.append(super().probabilities(logits, used, eos))
+            return seen[-1]
+
+    whole = Spy(neighbours=read.symbols.base, repetition=1.0, top_k=0, min_p=0.0)
+    generate(read, words, Index(words.outputs, words.bias), [[0, 70]], stop=[1], most=1, draw=whole)
+    wanted = model(torch.tensor([[0, 70]])).logits[0, -1].softmax(-1)
+    np.testing.assert_allclose(sorted(seen[0]), sorted(wanted.tolist()), rtol=1e-4)
 
 
 def test_generation_ends():

@@ -345,6 +345,18 @@ def test_every_word_is_measured_once():
     assert found.bits_per_byte == pytest.approx(found.nats.sum() / math.log(2) / len(b"".join(WORDS)))
 
 
+@pytest.mark.parametrize("pooled", [False, True])
+def test_windows_of_one_word_and_no_words(pooled):
+    """A window of one word begins anew at each; no words are no figures."""
+    gpt = GPT(vocabulary=258, places=80, width=8, layers=1, heads=1).eval()
+    arm = m.PooledArm(MODEL, CODEC) if pooled else m.GPTArm(gpt, *m.byte_pieces())
+    found = m.measure(arm, WORDS, window=1)
+    alone = [arm.judge([[word]], 0)[1][0] for word in WORDS]
+    assert found.words == tuple(WORDS) and found.nats == pytest.approx(alone, rel=1e-4)
+    none = m.measure(arm, [], window=4)
+    assert none.words == () and none.word_accuracy is None and none.unit_accuracy is None
+
+
 def test_bytes_of_a_word_add_up():
     gpt = GPT(vocabulary=258, places=80, width=8, layers=1, heads=1).eval()
     arm = m.GPTArm(gpt, *m.byte_pieces())
@@ -385,7 +397,10 @@ def test_training_learns_and_leaves_global_chance_alone():
 
 
 def test_bad_options():
-    for bad in ({"prefix": 0}, {"width": 30}, {"dropout": 1.0}, {"longest": 0}):
+    no_heads, no_layers = Spelling(heads=0), Spelling(layers=0)
+    for bad in (
+        {"prefix": 0}, {"width": 30}, {"dropout": 1.0}, {"longest": 0}, {"spelling": no_heads}, {"spelling": no_layers}
+    ):  # fmt: skip
         with pytest.raises(ValueError, match="must be"):
             WordPooled(**bad)
     with pytest.raises(ValueError, match="alphabet"):

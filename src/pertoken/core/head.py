@@ -53,7 +53,10 @@ class Head:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits in float32 or better, shape (..., V)."""
-        logits = at_least_float32(self.module(hidden))
+        return self.finished(at_least_float32(self.module(hidden)))
+
+    def finished(self, logits: Tensor) -> Tensor:
+        """What the architecture makes of the products with output rows: scaled, capped."""
         if self.scale != 1.0:
             logits = logits * self.scale
         return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits

@@ -11,7 +11,8 @@ split at white space (``word``), that and no punctuation joins on the right but 
 (``sentence``); special tokens never merge; (3) bytes that are no text (but for ``sentence``) lie inside one character.
 M = 0 gives the base tokens, M without limit one token a pre-token. Merges depend on the batch: `Merged.steps` replays.
 
-Embeddings of new tokens: `embeddings`. Generation over a million tokens by an index: `vocabulary`.
+Embeddings of new tokens: `embeddings`. Generation over a million tokens by an index: `vocabulary`. Task adaptation of
+the model (LoRA, merged into it): `Retrofitted.adapt`.
 
 Differs from the authors' code: (3), where they allow any merge (``compat="reference"``); special tokens are blocked by
 name, not by how the pre-tokenizer cuts them; counts are kept up to date, not made afresh (the same merges).
@@ -21,19 +22,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ...core.head import Head, log_probs
+from .._adaptation import Asked, adapted
 from .._hypernetwork import Hypernetwork
 from .._index import Index
 from .embeddings import Embeddings, backbone, distill, reproduce
-from .merging import Boundary, Merged, Rule, Symbols, merge, merges_for, replay
+from .merging import Boundary, Merged, Rule, Symbols, boundaries, merge, merges_for, replay
 from .vocabulary import Draw, Vocabulary, generate, grow
 
 __all__ = [
@@ -69,8 +73,8 @@ class DynamicTokenization:
     """What a merged token may not cross."""
     per_example: bool = False
     """Count, and merge M times, within each row instead of the batch."""
-    hypernetwork: str | Path | Hypernetwork | None = None
-    """What predicts embeddings of new tokens (or the file it was saved to); None: FVT, the mean of the parts."""
+    hypernetwork: Any = None
+    """What predicts embeddings of new tokens, a `Hypernetwork` or its file; None: FVT, the mean of the parts."""
     predict_base: bool = False
     """Base tokens get predicted embeddings, too."""
     cache: int = 5000
@@ -110,6 +114,16 @@ class DynamicTokenization:
     def encode(self, texts: Sequence[str], symbols: Symbols, **options: Any) -> list[list[int]]:
         """Base ids of texts; `options` are the tokenizer's (``truncation``, ``max_length``)."""
         return [list(ids) for ids in symbols.tokenizer(list(texts), **options)["input_ids"]]
+
+    def pieces(self, texts: Sequence[str], tokenizer: Any) -> list[list[bytes]]:
+        """Bytes of the tokens of each text; the texts are one batch, padding and specials left out."""
+        symbols = Symbols(tokenizer)
+        cut = [symbols.view.pieces_of_text(text) for text in texts]
+        starts = self.merge([ids for ids, _ in cut], self.rule(symbols)).starts
+        return [
+            [b"".join(said[a:b]) for a, b in pairwise([*some, len(said)])]
+            for (_, said), some in zip(cut, starts, strict=True)
+        ]
 
     def on(self, model: Any, tokenizer: Any) -> Retrofitted:
         """These options at work on a transformers model (of an `LM`: its ``causal``) and its tokenizer."""
@@ -176,21 +190,59 @@ class Retrofitted:
         Raises:
             ValueError: a boundary that `read` lacks.
         """
-        hidden, _ = self.hidden(read.rows)
-        states, targets, size = [], [], 0
-        for n, row in enumerate(rows):
-            place = {end: k for k, end in enumerate(read.ends(n, len(row)))}
-            for end in (read if shared is None else shared).ends(n, len(row))[:-1]:
-                if end not in place:
-                    raise ValueError(
-                        f"row {n}: no token ends at {end} as the model reads it; score at fewer boundaries"
-                    )
-                if not self.symbols.special(row[end + 1]):
-                    states.append(hidden[n, place[end]])
-                    targets.append(row[end + 1])
-                    size += len(self.symbols.piece(row[end + 1]))
-        if not targets:
+        asked = boundaries(rows, read, self.symbols, shared)
+        if not asked:
             return 0.0, 0
-        ids = torch.tensor(targets, device=hidden.device)
-        found = log_probs(torch.stack(states), ids, Head(self.model), (), contextlib.nullcontext, 256)["logp"]
-        return -float(found.double().sum()), size
+        hidden, _ = self.hidden(read.rows)
+        where, place, ids = (torch.tensor(x, device=hidden.device) for x in zip(*asked, strict=True))
+        found = log_probs(hidden[where, place], ids, Head(self.model), (), contextlib.nullcontext, 256)["logp"]
+        return -float(found.double().sum()), sum(len(self.symbols.piece(token)) for _, _, token in asked)
+
+    def adapt(
+        self,
+        rows: Sequence[Sequence[int]],
+        *,
+        reduction: float | None = None,
+        rank: int = 8,
+        steps: int = 200,
+        batch: int = 32,
+        lr: float = 3e-4,
+        seed: int = 0,
+    ) -> tuple[Retrofitted, list[float]]:
+        """Adapt the model to texts of a task as it reads them here; the hypernetwork stays.
+
+        The loss is what `nats` scores, a mean over boundaries: it does not depend on how the text behind is merged.
+
+        Args:
+            rows: base ids. reduction: share of the possible reduction in each batch (the paper: 0.5 or 0.75); None: M
+                is drawn from 0 to the limit. rank: of LoRA.
+
+        Returns:
+            An adapted copy, to be read at any M; the losses, nats a boundary.
+
+        Raises:
+            ValueError: nothing to predict; a share out of range.
+        """
+        usable = [row for row in rows if any(not self.symbols.special(i) for i in row[1:])]
+        if not usable or (reduction is not None and not 0 <= reduction <= 1):
+            raise ValueError(f"{len(usable)} texts with a next token, reduction={reduction}: give texts, and 0 to 1")
+
+        def batches() -> Iterator[Asked]:
+            rng, order = np.random.default_rng((seed, 3)), list[int]()
+            for _ in range(steps):
+                while len(order) < min(batch, len(usable)):
+                    order.extend(rng.permutation(len(usable)).tolist())
+                some = [usable[i] for i in order[:batch]]
+                del order[:batch]
+                curve = merge(some, self.boundary).lengths
+                drawn = int(rng.integers(len(curve)))
+                read = merge(some, self.boundary, drawn if reduction is None else merges_for([curve], reduction))
+                if asked := boundaries(some, read, self.symbols):  # else each text is one token now
+                    with torch.no_grad():
+                        embedded, mask = self.embeddings.inputs(read.rows)
+                    rows, places, ids = (torch.tensor(x, device=mask.device) for x in zip(*asked, strict=True))
+                    yield embedded, mask, rows, places, ids
+
+        model, losses = adapted(self.model, batches(), rank=rank, lr=lr)
+        options = dataclasses.replace(self.options, hypernetwork=self.embeddings.hypernetwork)
+        return options.on(model, self.symbols.tokenizer), losses

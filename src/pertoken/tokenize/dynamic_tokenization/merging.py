@@ -165,6 +165,28 @@ def merge(
     return Merged(*counts.rows(), tuple(steps), tuple(lengths))
 
 
+def boundaries(
+    rows: Sequence[Sequence[int]], read: Merged, symbols: Symbols, shared: Merged | None = None
+) -> list[tuple[int, int, int]]:
+    """What is scored: row, place among the symbols of `read`, and the base token that follows, of each boundary.
+
+    Args:
+        rows: base ids. shared: whose boundaries; default those of `read`. Special tokens are not asked for.
+
+    Raises:
+        ValueError: a boundary that `read` lacks.
+    """
+    out = []
+    for n, row in enumerate(rows):
+        place = {end: k for k, end in enumerate(read.ends(n, len(row)))}
+        for end in (read if shared is None else shared).ends(n, len(row))[:-1]:
+            if end not in place:
+                raise ValueError(f"row {n}: no token ends at {end} as the model reads it; score at fewer boundaries")
+            if not symbols.special(row[end + 1]):
+                out.append((n, place[end], row[end + 1]))
+    return out
+
+
 def replay(rows: Sequence[Sequence[int]], symbols: Symbols, steps: Sequence[tuple[bytes, bytes]]) -> Merged:
     """Merge exactly these pairs, in order, wherever they stand: the same batch again, or other texts by its merges."""
     pairs = [(symbols.of(a), symbols.of(b)) for a, b in steps]

@@ -1,6 +1,7 @@
 """A very large vocabulary: grown from the base one, its rows predicted, read by longest match, written by an index.
 
-    logit(t | h) = h . O[t] + bias[t]          for the candidates of an approximate index, computed exactly
+    logit(t | h) = h . O[t] + bias[t]          for the candidates of an approximate index, computed exactly (and scaled
+                                               or capped, where the model does that to its logits)
     next input = E[drawn token]
 
 Grown: BPE goes on over words of a text until the size is reached, all base tokens kept. The index is
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ...core.decode import generators
+from ...core.head import Head
 from .._index import Index
 from .embeddings import Embeddings
 from .merging import Boundary, Symbols, merge
@@ -126,6 +128,14 @@ class Draw:
     min_p: float = 0.1
     """Least probability, as a share of the likeliest one's."""
 
+    def __post_init__(self) -> None:
+        low = min(self.neighbours - 1, self.temperature, self.top_k, self.min_p)
+        if low < 0 or self.min_p > 1 or self.repetition <= 0:
+            raise ValueError(
+                f"{self}: neighbours must be 1 or more, temperature and top_k 0 or more, min_p lie between 0 and 1, "
+                "repetition above 0"
+            )
+
     def probabilities(self, logits: np.ndarray, used: np.ndarray, eos: np.ndarray) -> np.ndarray:
         """Probabilities (C,) of candidates: logits (C,), whether each was used, whether it is EOS."""
         logits = logits.astype(np.float64) + self.eos_bias * eos
@@ -163,6 +173,7 @@ def generate(
         Symbols (with what ended it) and text, each; bytes at the end that make no character are not in the text.
     """
     how, words, symbols = draw or Draw(), vocabulary, vocabulary.symbols
+    head = Head(reader.model)
     ends = np.array([words.place[s] for s in stop], np.int64)
     draws = [generators(seed, i, 1)[0] for i in range(len(prompts))]
     used = [{words.place[s] for s in prompt if s in words.place} for prompt in prompts]
@@ -175,7 +186,7 @@ def generate(
         states = torch.cat([hidden, torch.ones_like(hidden[:, :1])], 1).float().cpu().numpy()
         for i in sorted(open_rows):
             some = np.array(list(dict.fromkeys([*found[i][found[i] >= 0].tolist(), *ends.tolist()])))
-            logits = index.vectors[some] @ states[i]
+            logits = head.finished(torch.from_numpy(index.vectors[some] @ states[i])).numpy()
             p = how.probabilities(logits, np.isin(some, [*used[i]]), some == ends[0])
             drawn = np.searchsorted(p.cumsum(), draws[i].random(), side="right")
             places[i] = some[min(int(drawn), int(np.flatnonzero(p)[-1]))]

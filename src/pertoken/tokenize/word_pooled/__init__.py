@@ -68,6 +68,8 @@ class WordPooled:
     def __post_init__(self) -> None:
         if min(self.prefix, self.width, self.layers, self.heads, self.block, self.longest) < 1:
             raise ValueError(f"{self}: prefix, width, layers, heads, block and longest must be 1 or more")
+        if min(self.spelling.layers, self.spelling.heads) < 1:
+            raise ValueError(f"{self.spelling}: layers and heads must be 1 or more")
         if self.width % self.heads or self.width % self.spelling.heads:
             raise ValueError(f"width={self.width} must be a multiple of heads and spelling.heads")
         if not 0 <= self.dropout < 1:

@@ -240,10 +240,10 @@ class Measured:
 def measure(arm: Arm, words: Sequence[bytes], window: int, batch: int = 32) -> Measured:
     """Every word once, in windows that overlap by half, so with half a window of context or more (but at the start)."""
     half = max(1, window // 2)
-    starts = [(s, 0 if s == 0 else window - half) for s in range(0, max(1, len(words) - window + half), half)]
+    starts = range(0, max(1, len(words) - window + half) if words else 0, half)
     hits, nats, right, units = [], [], 0, 0
-    for skip in (0, window - half):
-        some = [words[s : s + window] for s, k in starts if k == skip and (skip == 0) == (s == 0)]
+    for skip, those in ((0, starts[:1]), (window - half, starts[1:])):
+        some = [words[s : s + window] for s in those]
         for i in range(0, len(some), batch):
             h, c, (r, u) = arm.judge(some[i : i + batch], skip)
             hits, nats, right, units = hits + h, nats + c, right + r, units + u
