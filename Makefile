@@ -41,8 +41,9 @@ fix: $(VENV)/.dev  ## format, and repair what lint can repair
 bench: $(VENV)/.test $(VENV)/.bench  ## time an optimiser step of DPO against TRL
 	$(BIN)/python benchmarks/preference_step.py $(ARGS)
 
-peers: $(VENV)/.test .peers/genlm/.installed  ## install the peers of benchmarks in environments of their own, and time ours beside them
+peers: $(VENV)/.test .peers/genlm/.installed .peers/inseq/.installed .peers/polygraph/.installed  ## install the peers of benchmarks in environments of their own, and time ours beside them
 	$(BIN)/python benchmarks/awrs_step.py $(ARGS)
+	$(BIN)/python benchmarks/explain.py $(ARGS)
 
 docs: $(VENV)/.test  ## write the README's table and docs/methods/ from the catalog and results/
 	$(BIN)/python tools/readme.py
@@ -68,6 +69,16 @@ $(VENV)/.%: $(VENV)/.base pyproject.toml
 	@touch $@
 
 # Peers whose pins would clash with ours: they exchange arrays with a benchmark through files.
+.peers/inseq/.installed:
+	$(PYTHON) -m venv .peers/inseq
+	.peers/inseq/bin/python -m pip install --quiet $(PIP_FLAGS) inseq==0.7.1 torch==2.13.0 transformers==5.24.0
+	@touch $@
+
+.peers/polygraph/.installed:
+	$(PYTHON) -m venv .peers/polygraph
+	.peers/polygraph/bin/python -m pip install --quiet $(PIP_FLAGS) lm-polygraph==0.7.0 torch==2.13.0 transformers==5.24.0
+	@touch $@
+
 .peers/genlm/.installed:
 	$(PYTHON) -m venv .peers/genlm
 	.peers/genlm/bin/python -m pip install --quiet $(PIP_FLAGS) genlm-control==0.4.1 genlm-bytes==0.2.0 torch==2.13.0

@@ -9,11 +9,11 @@ Bounds: held-out AUROC at least 0.05 above the best zero-shot score (or, where t
 error at most 0.9 of the metrics branch's; on generators not seen in training (gpt-4, gpt-3.5-turbo, davinci) the drop
 is smaller than the hidden branch's. Also printed: each domain held out in turn.
 
-Missed: 0.56 on held-out texts against 0.60 of the best zero-shot score, no better than the metrics branch (0.56); only
-the drop on unseen generators is as bounded. 280 texts and 54 updates are far too few for a head of a million weights
-(the paper has 300,000 texts); neither more texts nor more updates were measured here.
+Remedies, shown beside it on the same held-out texts and never chosen by them: more texts to train on (up to 600 a
+class), 20 epochs, and both.
 
     python examples/pawn.py           400 texts (two minutes for the signals, once, and six for the heads)
+    python examples/pawn.py --remedies "more texts" "20 epochs" both    2, 3 and 8 minutes more
     python examples/pawn.py --full    all texts, 128 tokens
 """
 
@@ -25,7 +25,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import tyro
@@ -38,6 +38,7 @@ from pertoken.results import save_result
 BRANCHES = ("pawn", "metrics", "hidden")
 UNSEEN = ("gpt-4", "gpt-3.5-turbo", "davinci")
 HOW: dict[str, Any] = {"epochs": 6, "batch": 32}
+LONGER = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,10 @@ class Options:
     length: int = 64
     """Tokens of a text."""
     seeds: tuple[int, ...] = (1, 2, 3)
+    remedies: tuple[Literal["more texts", "20 epochs", "both"], ...] = ()
+    """Which remedies to measure, too."""
+    most: int = 600
+    """Texts of each class for the remedy of more texts."""
     full: bool = False
     """All texts, 128 tokens."""
     save: bool = False
@@ -79,10 +84,11 @@ def fitted(
     tests: Sequence[np.ndarray],
     seed: int,
     branch: str,
+    epochs: int = HOW["epochs"],
 ) -> list[float]:
     """AUROC on the rows of each of `tests` of one head that was trained on those of `train`."""
     labels = np.array([r["label"] == 1 for r in rows])
-    how = Training(**HOW, seed=seed, w_pos=float((~labels[train]).sum() / labels[train].sum()))
+    how = Training(**HOW | {"epochs": epochs}, seed=seed, w_pos=float((~labels[train]).sum() / labels[train].sum()))
     head = fit_pawn([signals[i] for i in train], labels[train].tolist(), how, branch=branch)
     return [auroc(judge(head, [signals[i] for i in test])[0], labels[test]) for test in tests]
 
@@ -93,7 +99,8 @@ def main(options: Options) -> None:
     length, n = (128, 10**6) if options.full else (options.length, options.n)
     rows = [r for r in read() if len(lm.encode_completion(r["text"], ended=False)[0]) >= length]
     rows = [rows[i] for i in rng.permutation(len(rows))]
-    human, machine = ([r for r in rows if r["label"] == label][:n] for label in (0, 1))
+    by_class = [[r for r in rows if r["label"] == label] for label in (0, 1)]
+    human, machine = (some[:n] for some in by_class)
     rows = human + machine
     traces = as_traces(lm, [r["text"] for r in rows], length)
     signals = signals_of(lm, traces, length)
@@ -129,10 +136,29 @@ def main(options: Options) -> None:
         split = np.flatnonzero(~here), [np.flatnonzero(here)]
         (domains[domain],) = fitted(signals, rows, *split, options.seeds[0], "pawn")
         print(f"trained without {domain}: {domains[domain]:.4f} on it")
+    remedied: dict[str, dict[str, list[float]]] = {}
+    if options.remedies:
+        held = {r["group"] for r, kept in zip(rows, inside, strict=True) if not kept}
+        more = [r for some in by_class for r in some[n : options.most] if r["group"] not in held]
+        more_signals = signals_of(lm, as_traces(lm, [r["text"] for r in more], length), length)
+        every, every_signals = rows + more, signals + more_signals
+        larger = np.concatenate([train, np.arange(len(rows), len(every))])
+        for name in options.remedies:
+            on, epochs = train if name == "20 epochs" else larger, HOW["epochs"] if name == "more texts" else LONGER
+            remedied[name] = {
+                b: [fitted(every_signals, every, on, [test], seed, b, epochs)[0] for seed in options.seeds]
+                for b in ("pawn", "metrics")
+            }
+            each = ", ".join(
+                f"{b} {np.mean(v):.4f} ({' '.join(f'{x:.4f}' for x in v)})" for b, v in remedied[name].items()
+            )
+            print(f"{name}: {len(on)} texts, {epochs} epochs: {each}", flush=True)
     pawn, metrics = (float(np.mean(table[b]["held out"])) for b in ("pawn", "metrics"))
     drop = {b: float(np.mean(table[b]["known"]) - np.mean(table[b]["unseen"])) for b in BRANCHES}
     checks = {
-        "above the best zero-shot score": pawn >= best[1] + 0.05 if best[1] <= 0.9 else 1 - pawn <= (1 - best[1]) / 2,
+        "0.05 above the best zero-shot score (above 0.90: half its error)": pawn >= best[1] + 0.05
+        if best[1] <= 0.9
+        else 1 - pawn <= (1 - best[1]) / 2,
         "error at most 0.9 of the metrics branch's": 1 - pawn <= 0.9 * (1 - metrics),
         "drop on unseen generators smaller than the hidden branch's": drop["pawn"] < drop["hidden"],
     }
@@ -159,7 +185,12 @@ def main(options: Options) -> None:
                 for b in BRANCHES
                 for k, v in table[b].items()
             ]
-            + [{"metric": f"AUROC on {d}, trained without it", "value": v} for d, v in domains.items()],
+            + [{"metric": f"AUROC on {d}, trained without it", "value": v} for d, v in domains.items()]
+            + [
+                {"metric": f"AUROC, {b}, held out, remedy: {name}", "value": float(np.mean(v))}
+                for name, of in remedied.items()
+                for b, v in of.items()
+            ],
         )
 
 

@@ -257,6 +257,13 @@ def test_explain_compares_and_draws(model, tmp_path, capsys):
     saved = tmp_path / "credits.jsonl"
     base = ["--prompt", "how", "--samples", "2", "--max-new-tokens", "3", "--model", model]
     assert main(["explain", "sar", *base, "--save", str(saved)]) == 0
+    assert main(["explain", "sar", "--text", "a great plot", "dull", "--model", model]) == 0
+    told = capsys.readouterr().out
+    assert "sar, 1:" in told and "answers 2" in told
+    assert main(["explain", "sar", "--text", "", "--model", model]) == 2
+    assert "text 0 is empty" in capsys.readouterr().err
+    saved = tmp_path / "credits.jsonl"
+    assert main(["explain", "sar", *base, "--save", str(saved)]) == 0
     assert "token_sar" in capsys.readouterr().out and len(saved.read_text("utf8").splitlines()) >= 2
 
 

@@ -26,6 +26,8 @@ class ExplainOptions:
     """One prompt..."""
     response: str | None = None
     """...and one response; without it, the model answers (see samples)."""
+    text: tuple[str, ...] = ()
+    """Or texts by themselves, after the model's first token alone (as pawn's head is trained)."""
     data: str | None = None
     """Or rows of data (JSONL, Parquet, Hub id): every response of every row."""
     limit: int | None = 8
@@ -52,15 +54,22 @@ def traces_of(options: ExplainOptions, lm: LM, say: Say) -> list[Trace]:
     """What is to be explained.
 
     Raises:
-        ValueError: neither prompt nor data.
+        ValueError: neither prompt, text nor data; a text without a token.
     """
+    if options.text:
+        empty = [i for i, text in enumerate(options.text) if not text]
+        if empty:
+            raise ValueError(f"text {empty[0]} is empty; leave it out")
+        first = lm.tokenizer.bos_token_id if lm.tokenizer.bos_token_id is not None else lm.tokenizer.eos_token_id
+        cut = [lm.encode_completion(text, ended=False) for text in options.text]
+        return [lm.trace_of_ids((first,), ids, pieces) for ids, pieces in cut]
     if options.data:
         examples, report = load_examples(options.data, limit=options.limit)
         for line in report.lines():
             say(line)
         return api.score_rows([], examples, lm, system=options.system)[1]
     if not options.prompt and options.response is None:
-        raise ValueError("nothing to explain: give --prompt (and --response), or --data FILE")
+        raise ValueError("nothing to explain: give --prompt (and --response), --text, or --data FILE")
     if options.response is not None:
         row = Example(prompt=options.prompt, responses=(options.response,), kind="sft")
         return api.score_rows([], [row], lm, system=options.system)[1]

@@ -60,10 +60,33 @@ def test_refusals(tmp_path):
     lm = tiny.lm()
     with pytest.raises(ValueError, match="another tokenizer"):
         token_signals(LM(lm.model, tiny.sentencepiece()), [lm.trace("a", "b")])
-    with pytest.raises(ValueError, match="more than the 256"):
-        token_signals(lm, [lm.trace_of_ids([5] * 250, [6] * 7)])
     with pytest.raises(ValueError, match="entropie"):
         token_signals(lm, [lm.trace("a", "b")], ("entropie",), cache=ArrayCache(tmp_path))
+
+
+@pytest.mark.parametrize("prompt, size", [(3, 700), (250, 7), (300, 5), (255, 300)])
+def test_traces_beyond_the_context_are_seen_in_windows(tmp_path, prompt, size):
+    """Each token against a plain forward over what its window holds, written down token by token."""
+    lm, rng = tiny.lm(), np.random.default_rng(0)
+    ids = rng.integers(5, 300, prompt + size).tolist()
+    trace = lm.trace_of_ids(ids[:prompt], ids[prompt:])
+    wants = ("logp", "rank", "hidden", "hidden_end")
+    with pytest.warns(UserWarning, match="1 of 2 traces are longer than the 256 tokens"):
+        got, short = token_signals(lm, [trace, lm.trace_of_ids([5], [6])], wants, cache=ArrayCache(tmp_path))
+    assert len(got["logp"]) == size == len(got["hidden"]) and len(short["logp"]) == 1
+    first, seen = 0 if prompt < 256 else prompt - 128, {}
+    for k in range(prompt, prompt + size):
+        if k == first + 256:
+            first = k - 128
+        if first not in seen:
+            with torch.no_grad():
+                seen[first] = lm.causal(torch.tensor([ids[first : first + 256]]), output_hidden_states=True)
+        said = seen[first]
+        logp, at = said.logits[0].log_softmax(-1), k - first - 1
+        assert got["logp"][k - prompt] == pytest.approx(float(logp[at, ids[k]]), abs=1e-5)
+        assert got["rank"][k - prompt] == int((logp[at] > logp[at, ids[k]]).sum())
+        np.testing.assert_allclose(got["hidden"][k - prompt], said.hidden_states[-1][0, at], atol=1e-4)
+    np.testing.assert_allclose(got["hidden_end"], said.hidden_states[-1][0, k - first], atol=1e-4)
 
 
 def test_prompt_states_are_those_of_the_whole_forward():

@@ -139,6 +139,13 @@ def test_logits_are_those_of_a_plain_forward():
     assert asked.accuracy([()])[0] == np.mean(found[0].argmax(-1) == np.array(TASK.labels))
 
 
+def test_a_tie_is_not_right():
+    asked = Asked(tiny.lm(), TASK)
+    asked._known[()] = np.array([[1.0, 1.0], [1.0, 1.0], [0.0, 2.0], [0.0, 2.0]])  # labels 1 0 1 0
+    assert asked.accuracy([()])[0] == 0.25 and asked.accuracy([(), ()]).tolist() == [0.25] * 2
+    assert asked._known[()][0].tolist() == [1.0, 1.0]
+
+
 def test_a_greedy_prompt_of_one_token_is_the_most_influential():
     lm = tiny.lm()
     asked, method = Asked(lm, TASK), ClaPS(length=1)

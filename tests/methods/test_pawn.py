@@ -246,6 +246,8 @@ def test_credit_of_completions():
     assert one.kind == "weight" and one.values.sum() == pytest.approx(1, abs=1e-5) and one.meta["short"]
     assert one.meta["probability"] == pytest.approx(1 / (1 + math.exp(-one.meta["logit"])))
     assert none.meta["probability"] is None and none.meta["reason"] == "no token to score"
+    ((long,),) = PAWN(head=model, longest=2).explain(lm, traces[:1])
+    assert long.meta["cut"] == len(traces[0]) - 2 and not long.values[2:].any() and "cut" not in one.meta
     with pytest.raises(ValueError, match="no head"):
         PAWN().explain(lm, traces)
 

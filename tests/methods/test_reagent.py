@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pertoken.core.lm import LM
+from pertoken.explain import reagent
 from pertoken.explain._replacement import distance, inferential, replacer, shape, soft_faithfulness
 from pertoken.explain.reagent import ReAGent, Stop, kept_positions, update
 from tests import tiny
@@ -145,7 +146,7 @@ def test_the_one_position_that_matters_is_found():
     ids = [10, 11, 5, 12, 13, 14]
     found = attribute(lm, probabilities, ReAGent(max_steps=40, stop=NEVER, sampler="uniform"), ids)
     assert found["scores"].sum() == pytest.approx(1) and found["scores"].argmax() == 2 and found["scores"][2] > 0.9
-    assert found["forwards"] == 41 and not found["converged"] and found["p0"] == pytest.approx(0.9, abs=0.01)
+    assert found["rows"] == 1 + 40 * 5 and not found["converged"] and found["p0"] == pytest.approx(0.9, abs=0.01)
 
 
 def test_a_target_that_ignores_the_input_keeps_the_start():
@@ -154,7 +155,7 @@ def test_a_target_that_ignores_the_input_keeps_the_start():
     flat = attribute(lm, constant, ReAGent(max_steps=10, stop=NEVER), [10, 11, 12])
     np.testing.assert_allclose(flat["scores"], [1 / 3] * 3)
     noisy = attribute(lm, constant, ReAGent(max_steps=10, stop=NEVER, init="uniform", seed=3, probes=2), [10, 11, 12])
-    start = torch.from_numpy(np.random.default_rng([3]).uniform(size=(2, 3))).softmax(1).mean(0)
+    start = torch.from_numpy(np.random.default_rng([3]).spawn(2)[0].uniform(size=(2, 3))).softmax(1).mean(0)
     np.testing.assert_allclose(noisy["scores"], start)
 
 
@@ -176,9 +177,92 @@ def test_a_rationale_as_long_as_the_input_stops_at_the_first_test():
 
 def test_stopping_is_sticky_and_tested_when_said():
     lm, probabilities = copying()
-    stop = Stop(rationale=1, min_steps=6, every=4, among=1)
+    stop = Stop(rationale=1, min_steps=38, every=4, among=1)
     found = attribute(lm, probabilities, ReAGent(stop=stop, max_steps=200), [10, 11, 5, 12, 13])
-    assert found["converged"] and all(s % 4 == 0 and s >= 8 for s in found["steps"]) and found["rationale"] == [2]
+    assert found["converged"] and all(s % 4 == 0 and s >= 40 for s in found["steps"]) and found["rationale"] == [2]
+
+
+@pytest.mark.parametrize("stop", [NEVER, Stop(rationale=2, min_steps=3, every=2, among=150)])
+def test_how_many_steps_go_together_changes_nothing(monkeypatch, stop):
+    """Against the loop as it is written down: a step, its test, the next step."""
+    lm, ids, target = tiny.lm(), [10, 11, 5, 12, 13, 14], 9
+    method = ReAGent(max_steps=23, stop=stop, probes=4, sampler="uniform", seed=5)
+    found = {}
+    for tokens in (1, 60, 4096):
+        monkeypatch.setattr(reagent, "_TOGETHER", tokens)
+        seen = []
+        found[tokens] = method.attribute(lm, ids, target, watch=lambda step, s, seen=seen: seen.append((step, s)))
+        assert [step for step, _ in seen] == list(range(1, max(found[tokens]["steps"]) + 1))
+    probing, testing = np.random.default_rng([5]).spawn(2)
+    draw = replacer("uniform")(lm, tuple(ids))
+
+    def p(rows):
+        with torch.no_grad():
+            return lm.causal(rows).logits[:, -1].softmax(-1)
+
+    x = torch.tensor(ids)
+    probing.uniform(size=(4, 6))
+    p0, s, steps, rows = p(x[None])[0, target], torch.zeros(4, 6, dtype=torch.float64), [23] * 4, 1
+    live = [True] * 4
+    for step in range(1, 24):
+        mask = torch.from_numpy(probing.random((4, 6)) < 0.3)
+        d = (p0 - p(torch.where(mask, draw(4, probing), x))[:, target]).double()
+        rows += sum(live)
+        for b in range(4):
+            s[b] += live[b] * 2 * torch.atanh(torch.where(mask[b], d[b], -d[b]))
+        if stop.among and step >= stop.min_steps and step % stop.every == 0:
+            others, top = draw(4, testing), s.argsort(1, descending=True)[:, :2]
+            for b in range(4):
+                if live[b]:
+                    kept = others[b].scatter(0, top[b], x[top[b]])
+                    if target in p(kept[None])[0].topk(stop.among).indices:
+                        live[b], steps[b] = False, step
+        if not any(live):
+            break
+    counted = [b for b in range(4) if not live[b]] or [0, 1, 2, 3]
+    for got in found.values():
+        assert got["steps"] == steps
+        np.testing.assert_allclose(got["scores"], s[counted].softmax(1).mean(0), atol=1e-6)
+    assert found[1]["rows"] >= rows
+
+
+def test_a_replacement_by_the_same_token_is_none():
+    """The sampler puts the cue where it is: only the others count as replaced, and nothing is learned of the cue."""
+    lm, probabilities = copying(place=3)
+    same = lambda _lm, ids: lambda n, rng: torch.tensor([ids[0], 99, ids[2], 99]).expand(n, -1)
+    found = attribute(
+        lm, probabilities, ReAGent(max_steps=40, stop=NEVER, replace=same, seed=1), [10, 11, 12, 5], target=9
+    )
+    assert found["scores"].argmax() == 3 and found["scores"][0] == pytest.approx(found["scores"][2])
+    nothing = lambda _lm, ids: lambda n, rng: torch.tensor(ids).expand(n, -1)
+    flat = attribute(lm, probabilities, ReAGent(max_steps=9, stop=NEVER, replace=nothing), [10, 11, 12, 5])
+    np.testing.assert_allclose(flat["scores"], [0.25] * 4)
+
+
+def test_the_models_own_guess_is_never_a_special_token():
+    lm = tiny.lm()
+    ids = lm.encode_completion("the plot was great", ended=False)[0]
+    with torch.no_grad():
+        lm.causal.get_output_embeddings().weight[sorted(lm.view.special_ids)] *= 100  # far ahead, one way or the other
+    drawn = inferential(lm, ids)(1, np.random.default_rng(0))[0].tolist()
+    assert not set(drawn) & set(lm.view.special_ids)
+
+
+def test_inputs_beyond_the_context_and_nothing_to_replace():
+    lm = tiny.lm()
+    method = ReAGent(max_steps=2, stop=NEVER, probes=2)
+    trace = lm.trace_of_ids([0, *[5] * 270], [6])
+    ((credit,),) = method.explain(lm, [trace])
+    assert credit.meta["cut"] == 271 - lm.context == 15 and credit.meta["target"] == 271
+    assert not credit.values[:15].any() and (credit.values[15:271] > 0).all()
+    with pytest.raises(ValueError, match="context has 256"):
+        method.attribute(lm, [5] * 271, 6)
+    with pytest.raises(ValueError, match="no id of the model"):
+        method.attribute(lm, [5], 320)
+    for before in ([], [0]):
+        one, two = method.explain(lm, [lm.trace_of_ids(before, [5, 6])])[0]
+        assert not one.values.any() and one.meta["reason"].startswith("no token") and "p0" not in one.meta
+        assert two.values.sum() == pytest.approx(1)
 
 
 def test_credits_of_a_real_model():

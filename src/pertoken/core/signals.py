@@ -6,6 +6,7 @@ prompt and completion, and its own name, so that methods which ask for different
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from .cache import ArrayCache, key_of, remember
 from .completions import completions_stats
 from .lm import LM, Prompt
 from .packing import evaluating
-from .stats import layers_of
+from .stats import PER_COMPLETION, layers_of
 from .trace import Trace
 
 SCALAR = ("logp", "entropy", "margin", "rank", "quantile", "mass", "top1", "top1_logp", "sumsq")
@@ -37,6 +38,9 @@ def token_signals(
 ) -> list[dict[str, np.ndarray]]:
     """What a model says of every token of completions at temperature 1, whatever they were drawn from.
 
+    A trace beyond the context is looked at in windows that overlap by half (a warning says how many there are): every
+    token is seen once, after as much of what stands before it as fits, at least half a context.
+
     Args:
         lm: the model.
         traces: prompts and completions in its own ids; empty completions are fine.
@@ -50,15 +54,17 @@ def token_signals(
         ``hidden_end`` and ``hidden_prompt``. Tokens that the policy did not emit are in it.
 
     Raises:
-        ValueError: another tokenizer, a trace beyond the context, or no such signal.
+        ValueError: another tokenizer, or no such signal.
     """
     for i, trace in enumerate(traces):
         if trace.tokenizer != lm.view.fingerprint:
             raise ValueError(
                 f"trace {i} is of another tokenizer than {lm.name or 'the model'}; encode it with lm.trace"
             )
-        if (size := len(trace.prompt_ids) + len(trace)) > lm.context:
-            raise ValueError(f"trace {i} has {size} tokens, more than the {lm.context} of the context; cut its prompt")
+    long = sum(len(t.prompt_ids) + len(t) > lm.context for t in traces)
+    if long:
+        what = f"{long} of {len(traces)} traces are longer than the {lm.context} tokens of the context"
+        warnings.warn(f"{what}; they were looked at in windows that overlap by half", stacklevel=2)
     names = tuple(dict.fromkeys(wants))
     shelf = (cache or ArrayCache()).context({**lm.identity(), "signals": _VERSION})
 
@@ -66,9 +72,10 @@ def token_signals(
         # one pass over the traces that lack something, for all that any of them lacks
         lacking = list(dict.fromkeys(i for i, _ in missing))
         asked = frozenset(name for _, name in missing) | {"logp"}
-        found = completions_stats(lm, [traces[i] for i in lacking], asked, max_tokens=max_tokens)
-        place = {i: k for k, i in enumerate(lacking)}
-        return [found[place[i]][name].astype(np.float64 if name in SCALAR else np.float32) for i, name in missing]
+        parts = {i: windows(lm, traces[i]) for i in lacking}
+        found = iter(completions_stats(lm, [w for i in lacking for w in parts[i]], asked, max_tokens=max_tokens))
+        of = {i: [next(found) for _ in parts[i]] for i in lacking}
+        return [_joined(of[i], name).astype(np.float64 if name in SCALAR else np.float32) for i, name in missing]
 
     flat = remember(
         shelf,
@@ -79,6 +86,30 @@ def token_signals(
     )
     n = len(names)
     return [dict(zip(names, flat[k * n : k * n + n], strict=True)) for k in range(len(traces))]
+
+
+def windows(lm: LM, trace: Trace) -> list[Trace]:
+    """The trace itself if it fits into the context; else traces whose completions are its completion in parts, after
+    what stands before them as far as that fits: half a context, or the whole prompt before the first part."""
+    ids, pieces = trace.ids("all"), trace.completion_pieces
+    start, end = len(trace.prompt_ids), len(trace.ids("all"))
+    if end <= lm.context:
+        return [trace]
+    out, half = [], lm.context // 2
+    first = 0 if start < lm.context else start - half
+    while start < end or not out:
+        upto = min(first + lm.context, end)
+        at = start - len(trace.prompt_ids)
+        out.append(lm.trace_of_ids(ids[first:start], ids[start:upto], pieces[at : at + upto - start]))
+        start, first = upto, upto - half
+    return out
+
+
+def _joined(parts: Sequence[dict[str, np.ndarray]], name: str) -> np.ndarray:
+    """A signal of a trace from those of its windows; of the whole, the first's or the last's."""
+    if name in PER_COMPLETION:
+        return parts[0 if name == "hidden_prompt" else -1][name]
+    return np.concatenate([part[name] for part in parts]) if len(parts) > 1 else parts[0][name]
 
 
 class _Enough(Exception):

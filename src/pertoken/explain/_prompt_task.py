@@ -97,8 +97,11 @@ class Asked:
         return np.stack([self._known[tuple(p)] for p in prompts])
 
     def accuracy(self, prompts: Sequence[Prompt]) -> np.ndarray:
-        """Share of examples whose class is likeliest, (prompts,)."""
-        return (self.logits(prompts).argmax(-1) == self.labels).mean(1)
+        """Share of examples whose class is likelier than every other (a tie is wrong), (prompts,)."""
+        logits, rows = self.logits(prompts), np.arange(len(self.labels))
+        own = logits[:, rows, self.labels]
+        logits[:, rows, self.labels] = -np.inf
+        return (own > logits.max(-1)).mean(1)
 
     def log_likelihood(self, prompts: Sequence[Prompt]) -> np.ndarray:
         """Mean log-prob of the right class among the verbalizers, (prompts,)."""

@@ -25,11 +25,15 @@ def replacer(name: str) -> Callable[[LM, tuple[int, ...]], Replace]:
     Raises:
         ValueError: another name.
     """
-    known = {"uniform": _of_pools(lambda piece: ""), "shape": _of_pools(shape), "inferential": inferential}
+    known = {"uniform": _of_pools(_any), "shape": _of_pools(shape), "inferential": inferential}
     known["postag"] = _of_pools(_part_of_speech)
     if name not in known:
         raise ValueError(f"sampler={name!r} is not one of {', '.join(known)}")
     return known[name]
+
+
+def _any(piece: bytes) -> str:
+    return ""
 
 
 def shape(piece: bytes) -> str:
@@ -99,15 +103,15 @@ def _pools(view: ByteView, vocabulary: int, kind: Callable[[bytes], str]) -> tup
 
 @torch.no_grad()
 def inferential(lm: LM, ids: tuple[int, ...]) -> Replace:
-    """What the model itself expects at each place after what stands before it; the first token is kept. Where that is
-    the token itself, its second choice."""
+    """What the model itself expects at each place after what stands before it, special tokens left out; the first
+    token is kept. Where that is the token itself, its second choice."""
     with lm.active() as causal, evaluating(causal):
-        hidden = causal.base_model(input_ids=torch.tensor([ids], device=lm.device), use_cache=False).last_hidden_state[
-            0
-        ]
-        best = (
-            Head(causal)(hidden[:-1]).topk(2, -1).indices.cpu() if len(ids) > 1 else torch.zeros(0, 2, dtype=torch.long)
-        )
+        hidden = causal.base_model(input_ids=torch.tensor([ids], device=lm.device), use_cache=False).last_hidden_state
+        head = Head(causal)
+        logits = head(hidden[0, :-1]).cpu()
+    usable = torch.zeros(head.vocabulary, dtype=torch.bool)
+    usable[_pools(lm.view, head.vocabulary, _any)[1]] = True
+    best = logits.masked_fill(~usable, -torch.inf).topk(2, -1).indices
     own = torch.tensor(ids)
     chosen = torch.cat([own[:1], torch.where(best[:, 0] == own[1:], best[:, 1], best[:, 0])])
     return lambda n, rng: chosen.expand(n, -1)

@@ -61,7 +61,7 @@ class PAWN:
 
     def explain(self, lm: LM, traces: Sequence[Trace]) -> list[list[Credit]]:
         """The weights of each completion's tokens; ``meta``: logit, probability (None, with a reason, for a text
-        without a scored token), ``short`` below 20 tokens.
+        without a scored token), ``short`` below 20 tokens, ``cut`` where tokens beyond `longest` got no weight.
 
         Raises:
             ValueError: no head.
@@ -78,5 +78,6 @@ class PAWN:
             meta: dict[str, Any] = {"logit": float(logit) if known else None, "short": len(w) < 20}
             meta["probability"] = 1 / (1 + math.exp(-logit)) if known else None
             meta |= {} if known else {"reason": "no token to score"}
+            meta |= {"cut": len(trace) - len(w)} if len(w) < len(trace) else {}
             out.append([Credit(trace=trace, values=values, kind="weight", method="pawn", meta=meta)])
         return out

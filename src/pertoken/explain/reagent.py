@@ -35,6 +35,7 @@ from ..core.trace import Trace
 from ._replacement import Replace, replacer
 
 CLAMP = 1e-6
+_TOGETHER, _ROWS = 512, 64  # tokens and rows of a forward, if the probes of one step have fewer
 Watch = Callable[[int, Tensor], None]
 
 
@@ -74,6 +75,10 @@ class Stop:
         """n."""
         return self.rationale or int(np.ceil(self.rationale_ratio * free))
 
+    def due(self, step: int) -> bool:
+        """Whether there is a test after a step."""
+        return bool(self.among) and step >= self.min_steps and step % self.every == 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReAGent:
@@ -106,13 +111,14 @@ class ReAGent:
             raise ValueError(f"{self}: probes and max_steps are 1 or more, ratio lies in (0, 1), init: zero, uniform")
 
     def explain(self, lm: LM, traces: Sequence[Trace], targets: Sequence[int] | None = None) -> list[list[Credit]]:
-        """One credit a target token of each trace, over prompt and completion; 0 from the target on.
+        """One credit a target token of each trace, over prompt and completion; 0 from the target on, and where the
+        input is longer than the context (``meta["cut"]``). A target with nothing to replace has ``meta["reason"]``.
 
         Args:
             targets: places of completion tokens, negative from the end; default: all that the policy emitted.
 
         Raises:
-            ValueError: a target that is not there; nothing before it; a trace of another tokenizer.
+            ValueError: a target that is not there; a trace of another tokenizer.
         """
         out = []
         for number, trace in enumerate(traces):
@@ -126,12 +132,24 @@ class ReAGent:
         return out
 
     def _target(self, lm: LM, trace: Trace, t: int, number: int) -> Credit:
-        ids = trace.prompt_ids + trace.completion_ids[:t]
-        found = self.attribute(lm, ids, trace.completion_ids[t], key=(number, t))
+        before, target = trace.prompt_ids + trace.completion_ids[:t], trace.completion_ids[t]
+        ids = before[-lm.context :]
         values = np.zeros(len(trace.prompt_ids) + len(trace))
-        values[: len(ids)] = found["scores"]
-        meta = {k: v for k, v in found.items() if k != "scores"} | {"target": len(ids)}
+        meta: dict[str, Any] = {"target": len(before)}
+        if len(ids) < len(before):
+            meta["cut"] = len(before) - len(ids)  # tokens beyond the context, which get nothing
+        if self._free(lm, ids).any():
+            found = self.attribute(lm, ids, target, key=(number, t))
+            values[len(before) - len(ids) : len(before)] = found.pop("scores")
+            meta |= found
+        else:
+            meta["reason"] = "no token before it that may be replaced"
         return Credit(trace=trace, values=values, kind="attribution", over="all", method="reagent", meta=meta)
+
+    def _free(self, lm: LM, ids: Sequence[int]) -> np.ndarray:
+        free = np.array([i not in lm.view.special_ids for i in ids], bool)
+        free[[p % len(ids) for p in self.fixed if -len(ids) <= p < len(ids)]] = False
+        return free
 
     @torch.no_grad()
     def attribute(
@@ -145,43 +163,61 @@ class ReAGent:
 
         Returns:
             ``scores`` (t,) that sum to 1, ``rationale`` (positions), ``steps`` of each probe, ``converged``, ``p0``,
-            ``forwards``.
+            ``rows`` (inputs that the model was run on).
 
         Raises:
-            ValueError: no input, or no position that may be replaced.
+            ValueError: no input, one beyond the context, no position that may be replaced, or no such target.
         """
         if not len(ids):
-            raise ValueError("nothing stands before the target, so there is nothing to attribute it to")
-        rng = np.random.default_rng([self.seed, *key])
-        ids_T = torch.tensor(list(ids))
-        held = [p % len(ids) for p in self.fixed if -len(ids) <= p < len(ids)]
-        free = np.array([i not in lm.view.special_ids for i in ids])
-        free[held] = False
+            raise ValueError("nothing stands before the target; give it a prompt, or take a later target")
+        if len(ids) > lm.context:
+            raise ValueError(f"{len(ids)} tokens stand before the target, and the context has {lm.context}; cut them")
+        if not 0 <= target < Head(lm.causal).vocabulary:
+            raise ValueError(f"target {target} is no id of the model; give one below {Head(lm.causal).vocabulary}")
+        free = self._free(lm, ids)
         if not free.any():
             raise ValueError("every position is fixed or special; leave one free to be replaced")
+        # two streams, so that neither how many steps go together nor when a probe stops changes a draw
+        probing, testing = np.random.default_rng([self.seed, *key]).spawn(2)
         replace: Replace = (self.replace or replacer(self.sampler))(lm, tuple(ids))
-        free_T, n = torch.from_numpy(free), self.stop.size(int(free.sum()))
-        p0, forwards = float(self._probabilities(lm, ids_T[None])[0, target]), 1
-        scores = torch.from_numpy(rng.uniform(size=(self.probes, len(ids)))) * (self.init == "uniform")
+        ids_T, free_T, n = torch.tensor(list(ids)), torch.from_numpy(free), self.stop.size(int(free.sum()))
+        p0, rows = float(self._probabilities(lm, ids_T[None])[0, target]), 1
+        scores = torch.from_numpy(probing.uniform(size=(self.probes, len(ids)))) * (self.init == "uniform")
         steps, running = np.full(self.probes, self.max_steps), torch.ones(self.probes, dtype=torch.bool)
-        for step in range(1, self.max_steps + 1):
-            mask = torch.from_numpy(rng.random((self.probes, len(ids))) < self.ratio) & free_T
-            probed = torch.where(mask, replace(self.probes, rng), ids_T)
-            delta = p0 - self._probabilities(lm, probed)[:, target].double()
-            scores = torch.where(running[:, None], update(scores, mask, delta), scores)
-            forwards += 1
-            if watch is not None:
-                watch(step, scores)
-            if self.stop.among and step >= self.stop.min_steps and step % self.stop.every == 0:
-                kept = kept_positions(scores, free_T, n)
-                left = self._probabilities(lm, torch.where(kept, ids_T, replace(self.probes, rng)))
-                rank = (left > left[:, target, None]).sum(1)
-                forwards += 1
-                done = running & (rank < self.stop.among)
-                steps[done.numpy()] = step
-                running &= ~done
-                if not running.any():
-                    break
+        done = 0
+        while done < self.max_steps and running.any():
+            # steps do not look at S, so that several are computed together; those after a probe's stop are thrown away
+            active = running.nonzero()[:, 0]
+            fit = min(_TOGETHER // len(ids), _ROWS) // len(active)
+            together = min(self.max_steps - done, max(1, fit))
+            masks, probed = self._drawn(together, ids_T, free_T, replace, probing)
+            p = (
+                self._probabilities(lm, probed[:, active].flatten(0, 1))[:, target]
+                .double()
+                .unflatten(0, (together, -1))
+            )
+            table = [scores]
+            for mask, p_A in zip(masks, p, strict=True):
+                new = table[-1].clone()
+                new[active] = update(new[active], mask[active], p0 - p_A)
+                table.append(new)
+            tested = [k for k in range(1, together + 1) if self.stop.due(done + k)]
+            rows += len(active) * (together + len(tested))
+            last = {int(b): together for b in active}  # steps of this stretch that count
+            if tested:
+                kept = torch.stack([kept_positions(table[k][active], free_T, n) for k in tested])
+                others = torch.stack([replace(self.probes, testing)[active] for _ in tested])
+                left = self._probabilities(lm, torch.where(kept, ids_T, others).flatten(0, 1))
+                hit = ((left > left[:, target, None]).sum(1) < self.stop.among).unflatten(0, (len(tested), -1))
+                for b, column in zip(active.tolist(), hit.T.tolist(), strict=True):
+                    if any(column):
+                        last[b] = tested[column.index(True)]
+                        running[b], steps[b] = False, done + last[b]
+            for k in range(1, together + 1):
+                scores = torch.stack([table[min(k, last.get(b, 0))][b] for b in range(self.probes)])
+                if watch is not None and k <= max(last.values()):
+                    watch(done + k, scores)
+            done += together
         stopped = ~running if not running.all() else torch.ones_like(running)
         each = torch.where(free_T, scores, -torch.inf).softmax(1)
         votes = (kept_positions(scores, free_T, n) & free_T)[stopped].sum(0)
@@ -191,8 +227,19 @@ class ReAGent:
             "steps": steps.tolist(),
             "converged": bool(not running.all()),
             "p0": p0,
-            "forwards": forwards,
+            "rows": rows,
         }
+
+    def _drawn(
+        self, together: int, ids_T: Tensor, free_T: Tensor, replace: Replace, rng: np.random.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """What some steps replace (steps, B, t), and the inputs with it. A replacement by the same token is none."""
+        masks, probed = [], []
+        for _ in range(together):
+            mask = torch.from_numpy(rng.random((self.probes, len(ids_T))) < self.ratio) & free_T
+            probed.append(torch.where(mask, replace(self.probes, rng), ids_T))
+            masks.append(mask & (probed[-1] != ids_T))
+        return torch.stack(masks), torch.stack(probed)
 
     @staticmethod
     def _probabilities(lm: LM, ids_BT: Tensor) -> Tensor:

@@ -44,9 +44,28 @@ def relevance(similarity_T: np.ndarray) -> np.ndarray:
     similarity_T = np.asarray(similarity_T, np.float64)
     if np.isnan(similarity_T).any():
         raise ValueError("the similarity gave NaN; return numbers from 0 (unlike) to 1 (alike)")
-    r = np.clip(1.0 - similarity_T, 0.0, None)
+    r = np.clip(1.0 - similarity_T, 0.0, 1.0)
     total = r.sum()
     return r / total if total > 0 else np.full(len(r), 1.0 / max(len(r), 1))
+
+
+def similarities(g: Similarity, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+    """g of each pair, (pairs,), held in [0, 1].
+
+    Raises:
+        ValueError: not one number a pair.
+    """
+    found = np.asarray(g(pairs), np.float64) if pairs else np.zeros(0)
+    if found.shape != (len(pairs),) or np.isnan(found).any():
+        said = "NaN" if np.isnan(found).any() else f"an array of shape {found.shape} for {len(pairs)} pairs"
+        raise ValueError(f"the similarity gave {said}; return one number a pair, from 0 (unlike) to 1 (alike)")
+    return np.clip(found, 0.0, 1.0)
+
+
+def question_text(trace: Trace) -> str:
+    """What was asked, as text: of messages their contents, a line each."""
+    asked = trace.meta.get("prompt", trace.prompt_text)
+    return asked if isinstance(asked, str) else "\n".join(str(turn.get("content") or "") for turn in asked)
 
 
 def token_sar(surprisal_T: np.ndarray, relevance_T: np.ndarray) -> np.ndarray:
@@ -166,23 +185,22 @@ class SAR:
 
     def question(self, traces: Sequence[Trace], surprisals: Sequence[np.ndarray], g: Similarity) -> dict[str, Any]:
         """``values``: R~ e of each answer, (T,) each; ``scores``: of the question, by name."""
-        asked = [f"{t.meta.get('prompt', t.prompt_text)}" for t in traces]
+        asked = [question_text(t) for t in traces]
         whole = [f"{q}{self.join}{t.text}" for q, t in zip(asked, traces, strict=True)]
         before = [f"{q}{self.join}" if self.tokens == "with_question" else "" for q in asked]
         probes = [(b + t.text, b + rest) for b, t in zip(before, traces, strict=True) for rest in self.without(t)]
-        alike = np.asarray(g(probes), np.float64)
+        alike = similarities(g, probes)
         values, at = [], 0
         for trace, e in zip(traces, surprisals, strict=True):
             mine = alike[at : at + len(trace)].copy()
             at += len(trace)
-            mine[~trace.mask | np.array([not p for p in trace.completion_pieces], bool)] = 1.0  # says nothing
-            r = relevance(mine)
-            values.append(token_sar(e, np.where(trace.mask, r, 0.0)))
+            mine[[not p for p in trace.completion_pieces]] = 1.0  # a special token says nothing
+            weights = np.zeros(len(trace))
+            weights[trace.mask] = relevance(mine[trace.mask])
+            values.append(token_sar(e, weights))
         compared = whole if self.answers == "with_question" else [t.text for t in traces]
         pairs = [(j, k) for j in range(len(traces)) for k in range(j)]
-        gs = np.asarray(g([(compared[j], compared[k]) for j, k in pairs]), np.float64) if pairs else np.zeros(0)
-        if np.isnan(gs).any():
-            raise ValueError("the similarity gave NaN; return numbers from 0 (unlike) to 1 (alike)")
+        gs = similarities(g, [(compared[j], compared[k]) for j, k in pairs])
         similarity_KK = np.eye(len(traces))
         for (j, k), value in zip(pairs, gs, strict=True):
             similarity_KK[j, k] = similarity_KK[k, j] = value
