@@ -69,12 +69,10 @@ class VerifierOptions:
     def __post_init__(self) -> None:
         if self.pool not in ("mean", "attention"):
             raise ValueError(f"pool={self.pool!r} is not one of mean, attention")
-        counts = min(self.epochs, self.batch, self.longest) >= 1 and self.width >= 0
+        counts = min(self.epochs, self.batch, self.longest, self.width + 1) >= 1
         rates = all(0 < x < math.inf for x in (self.lr, self.sharpness)) and 0 <= self.weight_decay < math.inf
         if not (counts and rates and 0 <= self.dropout < 1):
-            raise ValueError(
-                f"{self}: counts >= 1, width and weight_decay >= 0, 0 <= dropout < 1, lr and sharpness > 0 are needed"
-            )
+            raise ValueError(f"{self}: counts, lr and sharpness > 0, width, decay >= 0, 0 <= dropout < 1 are needed")
 
 
 class Verifier(nn.Module):
