@@ -9,18 +9,25 @@ What was learned. The bound is missed by the tokens' half: sentSAR is the best o
 by relevance makes the mean surprise a worse score than it was (0.71 against 0.75).
 
     python examples/sar.py           300 questions (ten minutes on one core: 25,000 texts through MiniLM)
+    python examples/sar.py --real    300 questions on paragraphs of XQuAD, too (another six)
     python examples/sar.py --n 60    fewer
 """
 
 from __future__ import annotations
 
+import gzip
+import json
+import os
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import tyro
 
-from pertoken.core.lm import load
+from pertoken.core.lm import LM, load
 from pertoken.core.rollout import Sampling, sample
 from pertoken.explain.sar import SAR, lexical_similarity
 from pertoken.results import save_result
@@ -66,8 +73,18 @@ class Options:
     answers: int = 5
     """K."""
     seed: int = 10
+    real: bool = False
+    """As many questions on paragraphs of XQuAD (PERTOKEN_DATA), too."""
     save: bool = False
     """Write results/sar.json."""
+
+
+class Asked(NamedTuple):
+    """What the model is given, the question as answers are compared under it, and the right answer."""
+
+    prompt: str
+    question: str
+    gold: str
 
 
 def questions(n: int) -> list[tuple[str, str]]:
@@ -85,8 +102,33 @@ def questions(n: int) -> list[tuple[str, str]]:
 
 
 def right(answer: str, gold: str) -> bool:
-    """Whether the gold text stands in the answer as a word (digits without separators)."""
-    return re.search(rf"(?<!\w){re.escape(gold)}(?![\d])", answer.replace(",", "")) is not None
+    """Whether the gold text stands in the answer as words (whatever their case; digits without separators)."""
+    said, wanted = answer.replace(",", "").lower(), gold.replace(",", "").lower()
+    return re.search(rf"(?<!\w){re.escape(wanted)}(?![\d])", said) is not None
+
+
+def real(n: int) -> list[Asked]:
+    """Questions on English paragraphs of XQuAD, in a seeded order.
+
+    Raises:
+        ValueError: PERTOKEN_DATA is not set.
+    """
+    folder = os.environ.get("PERTOKEN_DATA")
+    if not folder:
+        raise ValueError("set PERTOKEN_DATA to the folder that holds xquad/questions.jsonl.gz")
+    with gzip.open(Path(folder) / "xquad" / "paragraphs.jsonl.gz", "rt", encoding="utf8") as lines:
+        paragraphs = {row["paragraph"]: row["en"] for row in map(json.loads, lines)}
+    with gzip.open(Path(folder) / "xquad" / "questions.jsonl.gz", "rt", encoding="utf8") as lines:
+        rows = [json.loads(line) for line in lines]
+    order = np.random.default_rng(0).permutation(len(rows))[:n]
+    return [
+        Asked(
+            f"{paragraphs[rows[i]['paragraph']]}\n\n{rows[i]['question']['en']} Answer briefly.",
+            rows[i]["question"]["en"],
+            rows[i]["answer"]["en"],
+        )
+        for i in order
+    ]
 
 
 def auroc(score: np.ndarray, wrong: np.ndarray) -> float:
@@ -95,55 +137,89 @@ def auroc(score: np.ndarray, wrong: np.ndarray) -> float:
     return float(np.mean((a[:, None] > b).mean() + 0.5 * (a[:, None] == b).mean()))
 
 
-def main(options: Options) -> None:
-    """Run it and print the table."""
-    lm = load("smollm2")
-    asked = questions(options.n)
-    prompts = [f"{q} Answer briefly." for q, _ in asked]
+@dataclass(frozen=True)
+class Found:
+    """Which answers are wrong, AUROC by score, and SAR's difference to its rivals with a 95 % interval."""
+
+    wrong: np.ndarray
+    table: dict[str, float]
+    over: dict[str, tuple[float, float, float]]
+
+    @property
+    def reached(self) -> bool:
+        """The bound."""
+        return bool(all(d >= 0.02 for d, *_ in self.over.values()) and 0.2 <= 1 - self.wrong.mean() <= 0.8)
+
+
+def measured(lm: LM, asked: list[Asked], options: Options, remedies: Mapping[str, SAR]) -> Found:
+    """Answer the questions, score them, and print the table."""
+    prompts = [a.prompt for a in asked]
     greedy = sample(lm, prompts, 1, Sampling(max_new_tokens=16, temperature=0))
-    wrong = np.array([not right(t.text, gold) for (t,), (_, gold) in zip(greedy, asked, strict=True)])
+    wrong = np.array([not right(t.text, a.gold) for (t,), a in zip(greedy, asked, strict=True)])
+    if wrong.all() or not wrong.any():
+        raise ValueError(f"all {len(asked)} answers are {'wrong' if wrong.all() else 'right'}; ask more questions")
     drawn = sample(lm, prompts, options.answers, Sampling(max_new_tokens=16, temperature=0.5), seed=options.seed)
-    credits = SAR().explain(lm, [t for some in drawn for t in some])
-    found = [credits[i * options.answers][0].meta["scores"] for i in range(len(asked))]
-    scores = {name: np.array([f[name] for f in found]) for name in SCORES}
-    for name, other in REMEDIES.items():
-        again = other.explain(lm, [t for some in drawn for t in some])
-        for kind in ("token_sar", "sar"):
-            found_too = [again[i * options.answers][0].meta["scores"][kind] for i in range(len(asked))]
-            scores[f"{kind}, {name}"] = np.array(found_too)
+    # what is compared is the question with its answers, without a paragraph that all of them share
+    traces = [
+        replace(t, meta=t.meta | {"prompt": a.question}) for a, some in zip(asked, drawn, strict=True) for t in some
+    ]
+    scores = {}
+    for name, method in {"": SAR(), **remedies}.items():
+        credits = method.explain(lm, traces)
+        found = [credits[i * options.answers][0].meta["scores"] for i in range(len(asked))]
+        for kind in ("token_sar", "sar") if name else SCORES:
+            scores[f"{kind}, {name}" if name else kind] = np.array([f[kind] for f in found])
     scores["1 - lexical similarity"] = np.array([1 - lexical_similarity([t.text for t in some]) for some in drawn])
     print(f"{len(asked)} questions, accuracy {1 - wrong.mean():.3f}, K = {options.answers}")
     table = {name: auroc(s, wrong) for name, s in scores.items()}
     for name, value in sorted(table.items(), key=lambda row: -row[1]):
         print(f"{name:<28}{value:.4f}")
-    rng, differences = np.random.default_rng(1), {}
+    rng, over = np.random.default_rng(1), {}
     for rival in ("length_normalised_entropy", "perplexity_entropy"):
         draws = []
         for _ in range(1000):
             d = rng.integers(0, len(asked), len(asked))
             if wrong[d].any() and not wrong[d].all():
                 draws.append(auroc(scores["sar"][d], wrong[d]) - auroc(scores[rival][d], wrong[d]))
-        differences[rival] = (table["sar"] - table[rival], *np.quantile(draws, [0.025, 0.975]).tolist())
-        d, low, high = differences[rival]
-        print(f"SAR less {rival}: {d:+.4f} [{low:+.4f}, {high:+.4f}]")
-    reached = all(d >= 0.02 for d, *_ in differences.values()) and 0.2 <= 1 - wrong.mean() <= 0.8
-    print("reached" if reached else "MISSED")
+        low, high = np.quantile(draws, [0.025, 0.975]).tolist()
+        over[rival] = (table["sar"] - table[rival], low, high)
+        print("SAR less {}: {:+.4f} [{:+.4f}, {:+.4f}]".format(rival, *over[rival]))
+    out = Found(wrong, table, over)
+    print("reached\n" if out.reached else "MISSED\n", flush=True)
+    return out
+
+
+def main(options: Options) -> None:
+    """Run it and print the tables."""
+    lm = load("smollm2")
+    asked = [Asked(f"{q} Answer briefly.", f"{q} Answer briefly.", gold) for q, gold in questions(options.n)]
+    found = measured(lm, asked, options, REMEDIES)
+    rows: list[dict[str, Any]] = [{"metric": f"AUROC, {name}", "value": value} for name, value in found.table.items()]
+    if options.real:
+        print("XQuAD, English paragraphs")
+        read = measured(lm, real(options.n), options, {})
+        rows.append({"metric": "XQuAD: accuracy", "value": float(1 - read.wrong.mean())})
+        rows += [{"metric": f"XQuAD: AUROC, {name}", "value": value} for name, value in read.table.items()]
+        for rival, (d, low, high) in read.over.items():
+            row = {"metric": f"XQuAD: SAR less {rival}", "value": d, "interval": [low, high], "bound": "at least 0.02"}
+            within = 0.2 <= 1 - read.wrong.mean() <= 0.8  # else the bound says nothing of it
+            rows.append(row | ({"reached": bool(d >= 0.02)} if within else {}))
     if options.save:
-        d, low, high = differences["length_normalised_entropy"]
+        d, low, high = found.over["length_normalised_entropy"]
         save_result(
             "sar",
             metric="AUROC of SAR for wrong answers, less that of length-normalised entropy",
             value=d,
             interval=(low, high),
             baseline="length-normalised entropy, AUROC",
-            baseline_value=table["length_normalised_entropy"],
+            baseline_value=found.table["length_normalised_entropy"],
             bound="at least 0.02, over plain entropy, too, at an accuracy of 20 to 80 %",
-            reached=bool(reached),
-            world=f"SmolLM2-135M-Instruct, {len(asked)} short questions, accuracy {1 - wrong.mean():.3f}, all-MiniLM",
+            reached=found.reached,
+            world=f"SmolLM2-135M, {len(asked)} short questions, accuracy {1 - found.wrong.mean():.3f}, all-MiniLM",
             seeds=[options.seed],
             notes="interval: 1,000 bootstrap draws of questions; over plain entropy "
-            + "{:+.4f} [{:+.4f}, {:+.4f}]".format(*differences["perplexity_entropy"]),
-            rows=[{"metric": f"AUROC, {name}", "value": value} for name, value in table.items()],
+            + "{:+.4f} [{:+.4f}, {:+.4f}]".format(*found.over["perplexity_entropy"]),
+            rows=rows,
         )
 
 
