@@ -11,8 +11,8 @@ width and initialisation are those at which the letters' model learned on words 
 
 What was measured: the letters' model is right on all held-out words, BPE's on half. With one letter of each word, 1,000
 questions, the slope is -0.09 [-0.25, 0.11]: not shown, so the bound is missed as the example was first run. With every
-letter of the same words (6,617 questions; the interval draws words) it is -0.21 [-0.28, -0.13]: there, and small. It was
-the number of questions that was too small, not the effect that was absent.
+letter of the same words (6,617 questions; the interval draws words) it is -0.21 [-0.28, -0.13], small but there: the
+number of questions was too small, not the effect that was absent.
 
 Bound: the letters' accuracy is at least 15 points above BPE's, and for BPE the logistic slope of correctness on the
 length of the token that holds the asked place (beside that place) is negative, its 95 % interval below 0.
