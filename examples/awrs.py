@@ -17,11 +17,11 @@ always Z is above 0.01, which means a few dozen at most. But where a pattern end
 1e-5 to 1e-11: thousands of tokens, or all, have more mass than what is allowed, and up to 48,000 are looked at. One
 step in twenty-five makes the mean (the median is 3), and more particles or other noise change nothing about it. What
 these looks need not be is checks: the tokens begin in a few hundred ways, and what begins like a refused piece is
-refused. So much was found on fifteen other patterns; looked at are 219 and 125 tokens in the mean, as before, checked 10
-and 6. `--remedies` prints, for the fifty, that a parser that says only yes or no needs half as many checks again (15 and
-9, still within the bounds), that a budget of 64 rejects and a top-p of 0.95 need fewer at the price of texts (4 or 5 of
-10 end, instead of 8), and that a temperature of 0.7 has more looked at, not fewer: it takes mass from the unlikely,
-which is where these ends are.
+refused. So much was found on fifteen other patterns; of the 219 and 125 tokens that are looked at in the mean, 10 and 6
+are checked. `--remedies` prints, for the fifty, that a parser that says only yes or no needs half as many checks again
+(15 and 9, still within the bounds), that a budget of 64 rejects and a top-p of 0.95 need fewer at the price of texts (4
+or 5 of 10 end, instead of 8), and that at a temperature of 0.7 more are looked at, not fewer: it takes mass from the
+unlikely, which is what these ends are.
 
     python examples/awrs.py              one toy language, one particle, twelve tokens: three minutes
     python examples/awrs.py --full       three toy languages, five particles a pattern
