@@ -143,3 +143,5 @@ def test_bad_input():
             Particles(**bad)
     with pytest.raises(ValueError, match="NaN"):
         smc(Chain(), 0, Forbids(), stops=(EOS,), critic=lambda t, e: [NAN] * len(t))
+    with pytest.raises(ValueError, match="give one each"):
+        smc(Chain(), 0, Forbids(), stops=(EOS,), critic=lambda t, e: [0.0])

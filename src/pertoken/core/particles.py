@@ -187,6 +187,8 @@ def smc(
             return
         alive = [i for i in rows if logw[i] > -np.inf]
         found = np.asarray(critic([tokens[i] for i in alive], [finished[i] for i in alive]), np.float64)
+        if found.shape != (len(alive),):
+            raise ValueError(f"the critic gave scores of shape {found.shape} for {len(alive)} particles; give one each")
         if np.isnan(found).any():
             raise ValueError("the critic gave NaN; return log-scores, -inf for what must not be")
         for i, score in zip(alive, found, strict=True):

@@ -90,10 +90,12 @@ class ConstrainedSampler:
             own = self.proposal.step(state.proposal, last)[:, : target.shape[1]]
             drawn_from = own.masked_fill(target == -torch.inf, -torch.inf)
         precise = drawn_from.double()
-        log_z = precise.logsumexp(-1)
-        if bool(log_z.isnan().any()):
+        top = precise.amax(-1, keepdim=True).clamp(min=-1e300)
+        weights_NV = (precise - top).exp_()
+        log_z = (top[:, 0] + weights_NV.sum(-1).log()).tolist()
+        if any(map(math.isnan, log_z)):
             raise ValueError("a guide gave NaN; look at the model")
-        weights = (precise - log_z.clamp(min=-1e300)[:, None]).exp().cpu().numpy()
+        weights = weights_NV.cpu().numpy()
         tokens, increments, nodes = [], [], []
         for row, node in enumerate(state.nodes):
             draw = estimate(
@@ -109,7 +111,7 @@ class ConstrainedSampler:
             more, token = draw.logw, max(draw.token, 0)
             if draw.token >= 0:
                 if self.proper_weights:
-                    more += float(log_z[row])
+                    more += log_z[row]
                     if self.proposal is not None:
                         more += float(target[row, token]) - float(drawn_from[row, token])
                 node = self.grown(node, token, float(logw_NV[row, token]))
@@ -148,8 +150,7 @@ class ConstrainedSampler:
             nothing = (out == -torch.inf).all(-1, keepdim=True)  # no token has mass: nothing to shape
             out = self.sampling.logps(out.masked_fill(nothing, 0.0)).masked_fill(nothing, -torch.inf)
         if self.prune:
-            empty = torch.from_numpy(_empty(self.piece, tuple(self.stops), out.shape[1])).to(out.device)
-            out = out.masked_fill(empty, -torch.inf)
+            out = out.index_fill(1, _empty(self.piece, tuple(self.stops), out.shape[1]).to(out.device), -torch.inf)
         return out
 
     def check(self, node: _Node) -> Callable[[int], bool]:
@@ -219,6 +220,6 @@ class ConstrainedSampler:
 
 
 @lru_cache(maxsize=4)
-def _empty(piece: Piece, stops: tuple[int, ...], size: int) -> np.ndarray:
-    """Which ids stand for no bytes and end nothing, (V,)."""
-    return np.array([v not in stops and not piece(v) for v in range(size)])
+def _empty(piece: Piece, stops: tuple[int, ...], size: int) -> Tensor:
+    """The ids that stand for no bytes and end nothing."""
+    return torch.tensor([v for v in range(size) if v not in stops and not piece(v)], dtype=torch.long)
