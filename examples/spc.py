@@ -108,8 +108,6 @@ TEST = (
     "The vegetables on the side",
     "By the time we left, I",
 )
-DRAWS = 2
-"""Continuations of each opening by each SPC arm: of one each, the standard error is eleven points."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +120,10 @@ class Options:
     """The openings for trying things."""
     sharpness: float = 4.0
     """Factor of the verifier's log-odds in the main arm."""
+    draws: int = 1
+    """Continuations of each opening by each SPC arm; of one, the standard error of 20 openings is eleven points."""
+    prefixes: bool = False
+    """Measure SPC with a verifier of prefixes, too."""
     seed: int = 0
     save: bool = False
     """Write results/spc.json."""
@@ -258,11 +260,9 @@ def main(options: Options) -> None:
     plain = Sampling(max_new_tokens=tokens)
     began = time.perf_counter()
     spc = {}
-    for name, verifier, sharpness in (
-        ("SPC, verifier as trained", phi, 1.0),
-        ("SPC, verifier of prefixes", prefix_phi, options.sharpness),
-        ("SPC", phi, options.sharpness),
-    ):
+    trials = [("SPC, verifier as trained", phi, 1.0), ("SPC", phi, options.sharpness)]
+    trials += [("SPC, verifier of prefixes", prefix_phi, options.sharpness)] if options.prefixes else []
+    for name, verifier, sharpness in trials:
         verifier.sharpness.fill_(sharpness)
         steered = SPC(
             verifier=verifier,
@@ -271,9 +271,9 @@ def main(options: Options) -> None:
             samples=samples,
             space="probability" if sharpness == 1 else "logit",
         )
-        spc[name] = steered.generate(lm, prompts, n=DRAWS, sampling=plain, seed=options.seed)
+        spc[name] = steered.generate(lm, prompts, n=options.draws, sampling=plain, seed=options.seed)
         verifier.sharpness.fill_(1.0)
-    seconds = (time.perf_counter() - began) / 3
+    seconds = (time.perf_counter() - began) / len(trials)
     main_draws = [d for row in spc["SPC"] for d in row]
     spent = sum(d.meta["lm_tokens"] for d in main_draws) / sum(len(d.trace) for d in main_draws)
     n = max(5, round(spent / 5) * 5)
