@@ -332,7 +332,7 @@ def main(options: Options) -> None:
             baseline_value=base["share"],
             bound="at least base + 25 points and best-of-5 + 5 points, perplexity at most 1.3 x",
             reached=reached,
-            world=f"SmolLM2-135M-Instruct, {len(prompts)} openings of restaurant reviews, {tokens} new tokens",
+            world=f"SmolLM2-135M-Instruct, {len(prompts)} restaurant openings, {options.draws} x {tokens} new tokens",
             seeds=[options.seed],
             notes=f"Over base {over_base:+.1f} [{interval[0]:.1f}, {interval[1]:.1f}], over best of 5 {over_five:+.1f} "
             f"[{interval_five[0]:.1f}, {interval_five[1]:.1f}] points (bootstrap over prompts); perplexity x "
