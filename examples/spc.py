@@ -23,6 +23,14 @@ Missed on the 20 reported openings: SPC 55 % judged positive and with the verifi
 top-5 sampling, 77 % of best-of-5 and 90 % of best-of-30, which costs as much. The sharper verifier pleases itself
 (85 %) and not the judge.
 
+One draw of each opening says little (the standard error is eleven points), so both were drawn four times on the ten
+openings of `--dev`: 52.5 % (standard error over openings 11) as trained, 70.0 % (10) sharp, which goes the other way
+than the 20 reported openings. The machinery does what it should: P^ of the chosen tokens rises from the first to the
+last step (as trained 0.46 to 0.64, sharp 0.50 to 0.84), and the verifier calls 75 and 95 % of the continuations
+positive, at a perplexity below 6. What is missing is the verifier: where it is nearly always content, the judge, who
+is trained on restaurants, still agrees on no more than 70 %. `--prefixes` measures a third verifier, trained on
+prefixes of the sentences, as sharp; it was not tried on `--dev` before.
+
     python examples/spc.py            two to three minutes
     python examples/spc.py --full     40 prompts, 20 tokens, k = 10, 2 look-ahead samples: half an hour
 """
@@ -108,8 +116,6 @@ TEST = (
     "The vegetables on the side",
     "By the time we left, I",
 )
-DRAWS = 2
-"""Continuations of each opening by each SPC arm: of one each, the standard error is eleven points."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +128,10 @@ class Options:
     """The openings for trying things."""
     sharpness: float = 4.0
     """Factor of the verifier's log-odds in the main arm."""
+    draws: int = 1
+    """Continuations of each opening by each SPC arm; of one, the standard error of 20 openings is eleven points."""
+    prefixes: bool = False
+    """Measure SPC with a verifier of prefixes, too."""
     seed: int = 0
     save: bool = False
     """Write results/spc.json."""
@@ -258,11 +268,9 @@ def main(options: Options) -> None:
     plain = Sampling(max_new_tokens=tokens)
     began = time.perf_counter()
     spc = {}
-    for name, verifier, sharpness in (
-        ("SPC, verifier as trained", phi, 1.0),
-        ("SPC, verifier of prefixes", prefix_phi, options.sharpness),
-        ("SPC", phi, options.sharpness),
-    ):
+    trials = [("SPC, verifier as trained", phi, 1.0), ("SPC", phi, options.sharpness)]
+    trials += [("SPC, verifier of prefixes", prefix_phi, options.sharpness)] if options.prefixes else []
+    for name, verifier, sharpness in trials:
         verifier.sharpness.fill_(sharpness)
         steered = SPC(
             verifier=verifier,
@@ -271,9 +279,9 @@ def main(options: Options) -> None:
             samples=samples,
             space="probability" if sharpness == 1 else "logit",
         )
-        spc[name] = steered.generate(lm, prompts, n=DRAWS, sampling=plain, seed=options.seed)
+        spc[name] = steered.generate(lm, prompts, n=options.draws, sampling=plain, seed=options.seed)
         verifier.sharpness.fill_(1.0)
-    seconds = (time.perf_counter() - began) / 3
+    seconds = (time.perf_counter() - began) / len(trials)
     main_draws = [d for row in spc["SPC"] for d in row]
     spent = sum(d.meta["lm_tokens"] for d in main_draws) / sum(len(d.trace) for d in main_draws)
     n = max(5, round(spent / 5) * 5)
@@ -332,7 +340,7 @@ def main(options: Options) -> None:
             baseline_value=base["share"],
             bound="at least base + 25 points and best-of-5 + 5 points, perplexity at most 1.3 x",
             reached=reached,
-            world=f"SmolLM2-135M-Instruct, {len(prompts)} openings of restaurant reviews, {tokens} new tokens",
+            world=f"SmolLM2-135M-Instruct, {len(prompts)} restaurant openings, {options.draws} x {tokens} new tokens",
             seeds=[options.seed],
             notes=f"Over base {over_base:+.1f} [{interval[0]:.1f}, {interval[1]:.1f}], over best of 5 {over_five:+.1f} "
             f"[{interval_five[0]:.1f}, {interval_five[1]:.1f}] points (bootstrap over prompts); perplexity x "
