@@ -72,9 +72,7 @@ class VerifierOptions:
         counts = min(self.epochs, self.batch, self.longest) >= 1 and self.width >= 0
         rates = all(0 < x < math.inf for x in (self.lr, self.sharpness)) and 0 <= self.weight_decay < math.inf
         if not (counts and rates and 0 <= self.dropout < 1):
-            raise ValueError(
-                f"{self}: counts >= 1, width and weight_decay >= 0, 0 <= dropout < 1, lr and sharpness > 0 are needed"
-            )
+            raise ValueError(f"{self}: counts >= 1, weight_decay >= 0, dropout < 1, lr and sharpness > 0 are needed")
 
 
 class Verifier(nn.Module):

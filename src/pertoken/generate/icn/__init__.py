@@ -116,12 +116,8 @@ class ICN:
     """lambda of the cosine to the keys of earlier first tokens. Ours."""
 
     def __post_init__(self) -> None:
-        if (
-            self.per_round < 1
-            or self.longest < 1
-            or min(self.scan, self.per_cluster) < 0
-            or not 0 <= self.penalty < np.inf
-        ):
+        counts = min(self.per_round, self.longest) >= 1 and min(self.scan, self.per_cluster) >= 0
+        if not (counts and 0 <= self.penalty < np.inf):
             raise ValueError(f"{self}: per_round, longest >= 1; scan, per_cluster, penalty >= 0 are needed")
 
     def context(self, lm: LM, prompt: Any, explored: Sequence[str], room: int) -> tuple[int, ...]:
