@@ -1,6 +1,8 @@
 """PPO-S: alpha multiplies the whitened advantages and leaves the critic's targets; alpha of 1 is PPO to the bit."""
 
 # pyright: reportArgumentType=false
+# pyright: reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false
 # pyright: reportOptionalMemberAccess=false
 
 import math
