@@ -146,6 +146,25 @@ def test_a_tie_is_not_right():
     assert asked._known[()][0].tolist() == [1.0, 1.0]
 
 
+def test_certainty_by_hand():
+    asked = Asked(tiny.lm(), TASK)
+    asked._known[()] = np.log([[0.5, 0.5], [0.25, 0.75], [0.9, 0.1], [0.5, 0.5]])
+    (top,), (entropy,) = asked.certainty([()])
+    assert top == pytest.approx((0.5 + 0.75 + 0.9 + 0.5) / 4)
+    told = [0.5, 0.5, 0.25, 0.75, 0.9, 0.1, 0.5, 0.5]
+    assert entropy == pytest.approx(-sum(p * math.log(p) for p in told))
+
+
+def test_influences_of_a_prompt_are_credit():
+    lm = tiny.lm()
+    asked, prompt = Asked(lm, TASK), tuple(word_starts(lm)[:3])
+    credit = ClaPS().credit(asked, prompt)
+    base = rewards(asked.logits([()]), asked.labels, "cross_entropy")[0]
+    wanted = [rewards(asked.logits([(t,)]), asked.labels, "cross_entropy")[0] - base for t in prompt]
+    assert credit.trace.completion_ids == prompt and credit.kind == "attribution"
+    assert credit.values == pytest.approx(wanted) and np.ptp(wanted) > 0
+
+
 def test_a_greedy_prompt_of_one_token_is_the_most_influential():
     lm = tiny.lm()
     asked, method = Asked(lm, TASK), ClaPS(length=1)
@@ -165,6 +184,7 @@ def test_the_whole_method():
     )
     assert len(found.prompt) == 2 and report["kept"] <= report["tokens"] <= 8 and found.evaluations > 0
     assert report["influence_evaluations"] == report["tokens"] + 1 and len(found.text) > 0
+    assert 0 <= report["accuracy"] <= 1 and 0.5 <= report["mean_top_probability"] <= 1 and report["entropy"] >= 0
     assert report["most_influential"][0][1] >= report["most_influential"][-1][1]
 
 

@@ -107,6 +107,13 @@ class Asked:
         """Mean log-prob of the right class among the verbalizers, (prompts,)."""
         return rewards(self.logits(prompts), self.labels, "cross_entropy")
 
+    def certainty(self, prompts: Sequence[Prompt]) -> tuple[np.ndarray, np.ndarray]:
+        """Of the distribution over classes: its greatest probability, a mean over examples, and its entropy in nats,
+        summed over them; (prompts,) each."""
+        logp_PNC = log_softmax(self.logits(prompts))
+        p_PNC = np.exp(logp_PNC)
+        return p_PNC.max(-1).mean(1), -(p_PNC * np.maximum(logp_PNC, np.log(1e-300))).sum((1, 2))
+
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """Over the last axis."""

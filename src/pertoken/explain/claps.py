@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ..core.credit import Credit
 from ..core.lm import LM
 from ._prompt_task import Asked, Prompt, Task, calibrated, divergence, rewards
 
@@ -126,6 +127,14 @@ class ClaPS:
             return divergence(found, empty[0])
         return self._rewards(asked, found) - self._rewards(asked, empty)
 
+    def credit(self, asked: Asked, prompt: Prompt) -> Credit:
+        """A prompt as a trace of its own, and Delta of each of its tokens by itself as credit (kind attribution)."""
+        values = self.influences(asked, prompt)
+        meta = {"influence": self.influence, "reward": self.reward}
+        return Credit(
+            trace=asked.lm.trace_of_ids((), prompt), values=values, kind="attribution", method="claps", meta=meta
+        )
+
     def find(self, asked: Asked, tokens: Sequence[int], validation: Asked | None = None) -> Found:
         """Search a prompt among tokens.
 
@@ -149,7 +158,7 @@ class ClaPS:
         return Found(chosen, text, float(score([chosen])[0]), history, asked.evaluations - before)
 
     def run(self, lm: LM, task: Task, validation: Task | None = None) -> tuple[Found, dict[str, Any]]:
-        """All of it: the prompt, and the report on influences."""
+        """All of it: the prompt, and a report on the influences and on what the prompt does to the examples."""
         asked = Asked(lm, task)
         tokens = clustered(lm, word_starts(lm), self.clusters, self.seed)
         delta = self.influences(asked, tokens)
@@ -157,12 +166,16 @@ class ClaPS:
         spent = asked.evaluations
         held = Asked(lm, validation) if validation is not None else None
         found = self.find(asked, kept, held)
+        (top,), (entropy,) = asked.certainty([found.prompt])
         order = np.argsort(-delta, kind="stable")[:20]
         report = {
             "tokens": len(tokens),
             "kept": len(kept),
             "influence_evaluations": spent,
             "top_tenth_share": concentration(delta),
+            "accuracy": float(asked.accuracy([found.prompt])[0]),
+            "mean_top_probability": float(top),
+            "entropy": float(entropy),
             "most_influential": [(lm.view.piece(tokens[i]).decode("utf8", "replace"), float(delta[i])) for i in order],
         }
         return found, report
