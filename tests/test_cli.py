@@ -254,6 +254,12 @@ def test_explain_compares_and_draws(model, tmp_path, capsys):
     words = ["--prompt", "how", "--response", "fine", "--model", model, "--html", str(page)]
     assert main(["explain", "reagent", *words, "--max-steps", "2", "--probes", "2"]) == 0
     assert "reagent, 0:" in capsys.readouterr().out and "reagent of" in page.read_text("utf8")
+    both = ["reagent:max_steps=2,probes=2,stop.among=0", "sar"]
+    assert main(["compare", "explain", *both, *words]) == 0
+    drawn = page.read_text("utf8")
+    assert "reagent of" in drawn and "sar" in drawn and "reagent, 0:" in capsys.readouterr().out
+    assert main(["compare", "explain", "reagent:steps=2", "sar", *words]) == 2
+    assert "steps" in capsys.readouterr().err
     saved = tmp_path / "credits.jsonl"
     base = ["--prompt", "how", "--samples", "2", "--max-new-tokens", "3", "--model", model]
     assert main(["explain", "sar", *base, "--save", str(saved)]) == 0

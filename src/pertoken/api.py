@@ -110,14 +110,18 @@ def with_system(examples: Sequence[Example], system: str) -> list[Example]:
     return [dataclasses.replace(e, prompt=turns(e.prompt)) for e in examples]
 
 
-def make_transform(text: str, lm: LM) -> Callable[..., tuple[list[Example], DataReport]]:
-    """The transform of a method of the catalog, ready for a model.
+def make_method(text: str, what: str = "method") -> tuple[str, Any]:
+    """A method of the catalog and its options, from a line of text.
 
     Args:
         text: ``SLUG``, or ``SLUG:NAME=VALUE,...`` with its options (``goal.place=user``); values are read as YAML.
+        what: where it stands, for errors.
+
+    Returns:
+        The slug, and the options.
 
     Raises:
-        ValueError: no such method or option; a method that transforms no data.
+        ValueError: no such method or option.
     """
     import re
 
@@ -126,20 +130,32 @@ def make_transform(text: str, lm: LM) -> Callable[..., tuple[list[Example], Data
     from .run_file import merged
 
     slug, _, words = text.partition(":")
-    kind = catalog.method(slug)
-    if not hasattr(kind, "transform"):
-        raise ValueError(f"{slug} transforms no data; --transform reward-augmented does")
-    changes: dict[str, Any] = {}
+    kind, changes = catalog.method(slug), dict[str, Any]()
     for word in re.split(r",(?![^\[]*\])", words) if words else ():
         name, equals, value = word.partition("=")
         if not equals:
-            raise ValueError(f"--transform {text}: write SLUG:NAME=VALUE,NAME=VALUE")
+            raise ValueError(f"{what} {text}: write SLUG:NAME=VALUE,NAME=VALUE")
         *groups, option = name.strip().split(".")
         place = changes
         for group in groups:
             place = place.setdefault(group, {})
         place[option] = yaml.safe_load(value)
-    options = merged(kind(), changes, f"--transform {slug}")
+    return slug, merged(kind(), changes, f"{what} {slug}")
+
+
+def make_transform(text: str, lm: LM) -> Callable[..., tuple[list[Example], DataReport]]:
+    """The transform of a method of the catalog, ready for a model.
+
+    Args:
+        text: as `make_method`.
+
+    Raises:
+        ValueError: no such method or option; a method that transforms no data.
+    """
+    slug = text.partition(":")[0]
+    if not hasattr(catalog.method(slug), "transform"):
+        raise ValueError(f"{slug} transforms no data; --transform reward-augmented does")
+    _, options = make_method(text, "--transform")
     named = getattr(getattr(options, "scoring", None), "score_with", "")
     return functools.partial(options.transform, lm=lm, scorer=make_scorer(named, lm) if named else None)
 

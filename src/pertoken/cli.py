@@ -320,7 +320,7 @@ def _compare_explain(words: Sequence[str]) -> None:
     slugs, rest = _leading(words)
     if len(slugs) < 2:
         raise ValueError(
-            "name two methods or more: pertoken compare explain reagent sar --prompt '...' --html page.html"
+            "name two methods or more: pertoken compare explain reagent:max_steps=60 sar --prompt '...' --html p.html"
         )
     args = _parse(explanation.ExplainOptions, rest, "compare explain METHOD METHOD...", "Explain side by side.")
     _told(explanation.explain(slugs, args, say=_say), args)

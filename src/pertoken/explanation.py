@@ -85,23 +85,25 @@ def explain(
     """Credits of several methods on the same traces: (method, credits of each trace).
 
     Args:
-        explainers: the methods' options, in order; default: their defaults.
+        methods: slugs, with options if they have some: ``reagent:max_steps=60,probes=4``.
+        explainers: the methods' options in their place, in order.
 
     Raises:
         ValueError: a method of another room, or one that is used from Python alone.
     """
     say = say or (lambda line: None)
-    for method in methods:
+    names = [text.partition(":")[0] for text in methods]
+    for method in names:
         row = catalog.about(method)
         if row.room != "explain" or not hasattr(catalog.method(method), "explain"):
             raise ValueError(
                 f"{method} is of the {row.room} room and explains nothing here; pertoken methods --room explain lists "
                 "what does"
             )
+    made = list(explainers) or [api.make_method(text)[1] for text in methods]
     lm = load(options.model, template=options.template)
-    made = list(explainers) or [catalog.method(method)() for method in methods]
     traces = traces_of(options, lm, say)
-    return [(m, e.explain(lm, traces)) for m, e in zip(methods, made, strict=True)]
+    return [(m, e.explain(lm, traces)) for m, e in zip(names, made, strict=True)]
 
 
 def figures(found: Sequence[tuple[str, list[list[Credit]]]]) -> list[tuple[list[Credit], list[str]]]:
