@@ -1,4 +1,5 @@
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalMemberAccess=false
+# pyright: reportAttributeAccessIssue=false
 """AWRS as a sampler of particles and as a decoder: targets by enumeration, counts, deaths, bad input. Estimators and
 constraints have files of their own (test_awrs_estimators, test_awrs_constraints)."""
 
