@@ -5,11 +5,11 @@ temperature 0.5, t = 0.001, all-MiniLM as the similarity. An answer is right if 
 word. AUROC of each score for "wrong"; bound: SAR at least 0.02 above both LN-PE and PE, at an accuracy of 20 to 80 %.
 Two remedies are printed beside it: similarity of answers alone, and (as the release) a token's text removed everywhere.
 
-What was learned. The bound is missed by the tokens' half: sentSAR is the best of all scores (0.82), but weighing tokens
+Learned. The bound is missed by the tokens' half: sentSAR is the best of all scores (0.82), but weighing tokens
 by relevance makes the mean surprise a worse score than it was (0.71 against 0.75).
 
     python examples/sar.py           300 questions (ten minutes on one core: 25,000 texts through MiniLM)
-    python examples/sar.py --real    300 questions on paragraphs of XQuAD, too (another six)
+    python examples/sar.py --real    300 questions on paragraphs of XQuAD, too (half an hour and more: on no record yet)
     python examples/sar.py --n 60    fewer
 """
 
