@@ -29,7 +29,11 @@ class Verifier:
         self.w = torch.from_numpy(np.random.default_rng(0).normal(size=self.embedding.shape[1]))
 
     def __call__(self, embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return torch.where(mask[..., None], embeds, 0.0).sum(1) / mask.sum(1, keepdim=True).clamp(min=1) @ self.w
+        return (
+            torch.where(mask[..., None], embeds, 0.0).sum(1)
+            / mask.sum(1, keepdim=True).clamp(min=1)
+            @ self.w.to(embeds.device)
+        )
 
 
 MADE: dict[str, Callable[[LM, Any], Any]] = {
