@@ -5,8 +5,9 @@ single spaces), each with a space before every word; the last fifth of the text 
 kind and width, parameters within 10 % of each other (the baselines' layers are chosen so), the same windows of words in
 training, and as much of it: by default the same number of seconds (of processor time on a CPU, of the clock on an
 accelerator), with --full as many steps as fit into the same time, seconds a step being measured before (medians, arm
-after arm in turn), and, beside it, into the same floating-point operations of forward passes. Of held-out words, each with half a window of context or more, all arms are asked the same: the greedy spelling
-up to the next space, as a string.
+after arm in turn), and, beside it, into the same floating-point operations of forward passes. Of held-out words,
+each with half a window of context or more, all arms are asked the same: the greedy spelling up to the next space, as a
+string.
 
 How much training, with --full: the time that takes the subword model through the text 5, 10, 20 or 40 times, whichever
 budget gives the best word accuracy that either BASELINE has, with seed 0, on the last 5,000 words of the training
