@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from pertoken.catalog import method
 from pertoken.core.lm import LM, load
@@ -168,7 +169,11 @@ def test_packed_is_flat(attention, tmp_path):
     """A shared prompt computed once gives the log-probs and gradients of the flat batch, whatever the attention."""
     if attention == "flex_attention" and DEVICE != "cuda":
         pytest.skip("compiled for CUDA")
-    tiny.lm(dtype=torch.float32).save(tmp_path)
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(**shape, vocab_size=len(tiny.tokenizer()), initializer_range=0.3)  # heads of 16: the least
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LM(LlamaForCausalLM(config), tiny.tokenizer()).save(tmp_path)
     lm = load(tmp_path, device=DEVICE, attention=attention)
     groups = tiny.groups(lm, n=6, k=4, seed=1, longest=30, prompt=40)
     found = []

@@ -154,9 +154,13 @@ def load_checkpoint(
             torch.set_rng_state(drawn[f"rng|cpu|{rank}"])
         if f"rng|cuda|{rank}" in drawn and torch.cuda.is_available():
             torch.cuda.set_rng_state(drawn[f"rng|cuda|{rank}"])
+        fused = {p for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
         for joint, value in state.items():
             name, _, key = joint.partition("|")
-            optimizer.state[kept[name]][key] = value if key == "step" else _like(value, kept[name])
+            if key == "step":  # a number, which only fused kernels want beside the parameter
+                optimizer.state[kept[name]][key] = value.to(kept[name].device) if kept[name] in fused else value
+            else:
+                optimizer.state[kept[name]][key] = _like(value, kept[name])
     return read_json(path / "state.json")
 
 
