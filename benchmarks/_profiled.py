@@ -15,6 +15,11 @@ from torch.profiler import ProfilerActivity, profile
 WARM = 1  # steps before the timed ones; one after them is profiled
 
 
+def machine(device: str, threads: int) -> str:
+    """For a result's world."""
+    return f"{device}, {threads} threads" if device == "cpu" else torch.cuda.get_device_name()
+
+
 class Profiled:
     """The profile of one step, once it has run inside.
 

@@ -16,7 +16,7 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from pertoken.core.data import Group
-from pertoken.core.lm import LM, load
+from pertoken.core.lm import LM
 from pertoken.core.step import REFERENCE
 
 BETA, CLIP, RATE = 0.1, 1.0, 1e-6
@@ -89,8 +89,7 @@ def run_trl(
     groups: Sequence[Group],
     setting: Setting,
     batch: int,
-    dtype: str,
-    device: str,
+    make: Callable[[], LM],
     after: Callable[[int], None] = lambda n: None,
     around: Callable[[int], Any] = lambda n: contextlib.nullcontext(),
 ) -> list[Step]:
@@ -105,6 +104,7 @@ def run_trl(
         }
         for g in groups
     ]
+    lm = make()
     with tempfile.TemporaryDirectory() as folder:
         config = DPOConfig(
             output_dir=folder,
@@ -119,7 +119,7 @@ def run_trl(
             max_length=None,
             precompute_ref_log_probs=True,
             train_sampling_strategy="sequential",
-            use_cpu=device == "cpu",
+            use_cpu=lm.device.type == "cpu",
             bf16=False,  # the weights are in dtype already
             logging_steps=1,
             report_to="none",
@@ -127,7 +127,6 @@ def run_trl(
             disable_tqdm=True,
             dataloader_pin_memory=False,
         )
-        lm = load("smollm2", dtype=dtype, device=device, attention="sdpa")
         data = Dataset.from_list(rows)
         trainer = Pretokenized(model=lm.model, args=config, train_dataset=data, processing_class=lm.tokenizer)
         callback = Between(trainer, after, around)

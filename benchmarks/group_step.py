@@ -11,6 +11,7 @@ the share of time that each phase of a whole GRPO batch takes (rollout, score, j
 
     python benchmarks/group_step.py            the curve over prompt:response lengths, three timed updates each
     python benchmarks/group_step.py --quick    one point, one update: does it run?
+    python benchmarks/group_step_cuda.py       the same on a GPU, as a result of its own
 """
 
 from __future__ import annotations
@@ -28,13 +29,15 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
+from _models import described, named
+from _profiled import machine
 from _trl import CLIP, RATE, Step, now
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
 from pertoken.core.data import Example, Group
 from pertoken.core.experience import Rollouts
-from pertoken.core.lm import LM, load
+from pertoken.core.lm import LM
 from pertoken.core.loop import LoopConfig, apply_gradients, make_accelerator, make_optimizer
 from pertoken.core.rewarding import Rewarder
 from pertoken.core.rollout import Sampling, sample
@@ -57,7 +60,13 @@ class Options:
     """Timed updates of each side at each point of the curve."""
     generations: int = 8
     """G."""
+    longer: int = 1
+    """Factor of the lengths."""
+    max_tokens: int = 4096
+    """Positions of one of our forwards."""
     threads: int = 2
+    model: str = "smollm2"
+    """Or smollm2-1.7b, with random weights."""
     device: str = "cpu"
     dtype: str = "float32"
     seed: int = 0
@@ -80,9 +89,9 @@ class Ours:
     """pertoken's update, as `loop.fit` runs it."""
 
     def __init__(self, groups: Sequence[Group], options: Options):
-        lm = load("smollm2", dtype=options.dtype, device=options.device)
+        lm = named(options.model, options.dtype, options.device)
         self.accelerator = make_accelerator(CONFIG, tempfile.gettempdir())
-        self.step = ObjectiveStep(GRPO(), lm, groups, accelerator=self.accelerator)
+        self.step = ObjectiveStep(GRPO(), lm, groups, accelerator=self.accelerator, max_tokens=options.max_tokens)
         self.optimizer = make_optimizer(self.step.modules, CONFIG)
 
     def __call__(self, row: int) -> Step:
@@ -98,7 +107,7 @@ class Trl:
 
     def __init__(self, groups: Sequence[Group], options: Options, micro: int):
         self.groups, self.micro = groups, micro
-        lm = load("smollm2", dtype=options.dtype, device=options.device, attention="sdpa")
+        lm = named(options.model, options.dtype, options.device)
         config = GRPOConfig(
             output_dir=tempfile.gettempdir(),
             per_device_train_batch_size=options.generations,
@@ -182,7 +191,7 @@ def point(lm: LM, options: Options, prompt: int, response: int, micro: int) -> d
 
 def rollout_speed(options: Options, prompt: int, response: int) -> tuple[float, float]:
     """Sampled tokens a second: ours, and transformers' `generate`; medians of repeats, in turn."""
-    lm = load("smollm2", dtype=options.dtype, device=options.device, attention="sdpa")
+    lm = named(options.model, options.dtype, options.device)
     ids = np.random.default_rng(options.seed).integers(100, 40000, prompt).tolist()
     inputs = torch.tensor([ids] * options.generations, device=lm.device)
     how = Sampling(max_new_tokens=response, min_new_tokens=response)
@@ -208,7 +217,7 @@ def rollout_speed(options: Options, prompt: int, response: int) -> tuple[float, 
 
 def phases(options: Options) -> dict[str, float]:
     """Seconds of each phase of one whole batch: one prompt of about 128 tokens, G answers of 64."""
-    lm = load("smollm2", dtype=options.dtype, device=options.device)
+    lm = named(options.model, options.dtype, options.device)
     how = Sampling(max_new_tokens=64, min_new_tokens=64)
     objective = GRPO(rollouts=Rollouts(generations=options.generations, sampling=how))
     example = Example(prompt=PROMPT * 6, kind="prompt")
@@ -228,18 +237,19 @@ def phases(options: Options) -> dict[str, float]:
     return out
 
 
-def main(options: Options) -> None:
-    """Measure, print, and write the result if asked to."""
+def main(options: Options, slug: str = "group-step", allowed: float = 1e-3) -> None:
+    """Measure, print, and write the result if asked to. allowed: a difference of the losses that counts as none."""
     torch.set_num_threads(options.threads)
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     load_before = os.getloadavg()[0]
-    lm = load("smollm2", dtype=options.dtype)
+    lm = named(options.model, options.dtype, options.device)
     print(f"G = {options.generations}; TRL {version('trl')}; {options.threads} threads, load {load_before:.1f}")
     print("prompt response   TRL s  ours s  ratio  (all)            TRL takes  loss differs  norm differs")
     points = []
-    micro = options.generations if options.quick else fastest(lm, options, *CURVE[0])
-    for prompt, response in CURVE[:1] if options.quick else CURVE:
+    curve = [(options.longer * prompt, options.longer * response) for prompt, response in CURVE]
+    micro = options.generations if options.quick else fastest(lm, options, *curve[0])
+    for prompt, response in curve[:1] if options.quick else curve:
         found = point(lm, options, prompt, response, micro)
         points.append(found)
         print(
@@ -278,16 +288,17 @@ def main(options: Options) -> None:
         )
         rows += [{"metric": f"share of a batch: {name}", "value": s / whole} for name, s in spent.items()]
         save_result(
-            "group-step",
+            slug,
             metric="time of TRL's GRPO update / ours, the least where the prompt is 4 x the response (more is better)",
             value=fast,
             interval=None,
             baseline=f"TRL {version('trl')}",
             baseline_value=1.0,
-            bound="at least 3 where the prompt is 4 x the response or longer, never below 1, at equal loss (1e-3)",
-            reached=fast >= 3 and slow >= 1 and gap <= 1e-3,
-            world=f"SmolLM2-135M, {options.dtype}, G = {options.generations}, random ids, {options.device}, "
-            f"{options.threads} threads",
+            bound="at least 3 where the prompt is 4 x the response or longer, never below 1, at equal loss "
+            f"({allowed:g})",
+            reached=fast >= 3 and slow >= 1 and gap <= allowed,
+            world=f"{described(options.model)}, {options.dtype}, G = {options.generations}, random ids, "
+            f"{machine(options.device, options.threads)}",
             seeds=[options.seed],
             notes=f"Medians of {options.repeats} alternating updates, all ratios as interval; "
             f"load {load_before:.1f} before, {os.getloadavg()[0]:.1f} after",

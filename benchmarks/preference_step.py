@@ -14,7 +14,7 @@ measured on the largest batch, in a step that is not timed. The same step says w
     python benchmarks/preference_step.py               12 timed steps of 4 pairs (HH when PERTOKEN_DATA is set)
     python benchmarks/preference_step.py --quick       3 steps, no pilot: does it run?
     python benchmarks/preference_step.py --curve       also generated pairs of prompt : response 256:64, 64:64, 32:128
-    python benchmarks/preference_step.py --device cuda --dtype bfloat16     (written for it, but only ever run on CPU)
+    python benchmarks/preference_step_cuda.py          the same on a GPU, as a result of its own
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import os
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -33,12 +33,13 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
+from _models import described, named
 from _pairs import by_size, draw_pairs, longest, random_pair
-from _profiled import WARM, Profiled, Race
+from _profiled import WARM, Profiled, Race, machine
 from _trl import BETA, CLIP, RATE, Setting, Step, now, run_trl, same_ids
 
 from pertoken.core.data import Group
-from pertoken.core.lm import load
+from pertoken.core.lm import LM
 from pertoken.core.loop import LoopConfig, apply_gradients, make_accelerator, make_optimizer
 from pertoken.core.packing import pack
 from pertoken.core.run import add_reference_logps
@@ -60,7 +61,11 @@ class Options:
     """Pairs a step."""
     pairs: int = 0
     """Pairs to draw; gone through again when the steps need more (0: as many as the steps need)."""
+    max_tokens: int = 4096
+    """Positions of one of our forwards."""
     threads: int = 2
+    model: str = "smollm2"
+    """Or smollm2-1.7b, with random weights."""
     device: str = "cpu"
     dtype: str = "float32"
     seed: int = 0
@@ -77,9 +82,11 @@ class Ours:
 
     def __init__(self, groups: Sequence[Group], options: Options, recompute: bool = False):
         self.recompute = recompute
-        lm = load("smollm2", dtype=options.dtype, device=options.device)
+        lm = named(options.model, options.dtype, options.device)
         self.accelerator = make_accelerator(CONFIG, tempfile.gettempdir())
-        self.step = ObjectiveStep(DPO(beta=BETA), lm, groups, accelerator=self.accelerator)
+        self.step = ObjectiveStep(
+            DPO(beta=BETA), lm, groups, accelerator=self.accelerator, max_tokens=options.max_tokens
+        )
         self.optimizer = make_optimizer(self.step.modules, CONFIG)
 
     def __call__(self, rows: Sequence[int]) -> Step:
@@ -105,11 +112,16 @@ def positions(groups: Sequence[Group], options: Options, setting: Setting, ours:
             count[f"pertoken: {layers}, unpadded"] += len(g.prompt_ids) + sum(lengths) - 2
             count[f"pertoken: {head}"] += sum(lengths)
         count[f"pertoken: {layers}, padded"] += sum(
-            p.tokens for p in pack([g.traces for g in batch], cost=ours.step.cost)
+            p.tokens for p in pack([g.traces for g in batch], cost=ours.step.cost, max_tokens=options.max_tokens)
         )
     on_all = options.device == "cpu"
     count[f"TRL: {head}"] = count[f"TRL: {layers}, padded"] if on_all else count[f"pertoken: {head}"]
     return dict(count)
+
+
+def model_of(options: Options) -> Callable[[], LM]:
+    """Makes a copy."""
+    return lambda: named(options.model, options.dtype, options.device)
 
 
 def race(groups: Sequence[Group], options: Options, setting: Setting, recompute: bool = False) -> Race:
@@ -126,7 +138,7 @@ def race(groups: Sequence[Group], options: Options, setting: Setting, recompute:
         with around(1, n):
             steps.append(ours(range(n * options.batch, (n + 1) * options.batch)))
 
-    trl = run_trl(groups, setting, options.batch, options.dtype, options.device, after, lambda n: around(0, n))
+    trl = run_trl(groups, setting, options.batch, model_of(options), after, lambda n: around(0, n))
     return Race(trl, steps, held, positions(groups, options, setting, ours))
 
 
@@ -135,16 +147,16 @@ def fastest(groups: Sequence[Group], options: Options) -> dict[Setting, float]:
     n, b = len(groups) // options.batch, options.batch
     some = groups[(n // 2 - 1) * b : (n // 2 + 1) * b]
     settings = [Setting(micro, again) for micro in (1, b) for again in (False, True)]
-    return {s: run_trl(some, s, b, options.dtype, options.device)[-1].seconds for s in settings}
+    return {s: run_trl(some, s, b, model_of(options))[-1].seconds for s in settings}
 
 
-def main(options: Options) -> None:
-    """Measure, print, and write the result if asked to."""
+def main(options: Options, slug: str = "preference-step", gap: float = 1e-3) -> None:
+    """Measure, print, and write the result if asked to. gap: of the losses, that counts as none."""
     torch.set_num_threads(options.threads)
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     steps = 3 if options.quick else options.steps
-    lm = load("smollm2", dtype=options.dtype, device=options.device)
+    lm = named(options.model, options.dtype, options.device)
     wanted = (steps + WARM + 1) * options.batch
     groups, what = draw_pairs(lm, options.pairs or wanted, options.seed)
     add_reference_logps(groups, lm.as_reference())
@@ -192,15 +204,16 @@ def main(options: Options) -> None:
     print(f"load {os.getloadavg()[0]:.1f}")
     if options.json:
         save_result(
-            "preference-step",
+            slug,
             metric="time of TRL's DPO step / ours (median of pairs of steps; more is better)",
             value=ratio,
             interval=interval,
             baseline=f"TRL {version('trl')}",
             baseline_value=1.0,
-            bound="at least 2 at equal loss (1e-3), memory at most 0.7 of TRL's",
-            reached=ratio >= 2 and found.gap("loss") <= 1e-3 and memory[1] <= 0.7 * memory[0],
-            world=f"SmolLM2-135M, {options.dtype}, {options.batch} {what}, {options.device}, {options.threads} threads",
+            bound=f"at least 2 at equal loss ({gap:g}), memory at most 0.7 of TRL's",
+            reached=ratio >= 2 and found.gap("loss") <= gap and memory[1] <= 0.7 * memory[0],
+            world=f"{described(options.model)}, {options.dtype}, {options.batch} {what}, "
+            f"{machine(options.device, options.threads)}",
             seeds=[options.seed],
             notes=f"TRL's fastest setting: {setting}; interval: bootstrap over steps; the machine's load was "
             f"{load_before:.1f} before and {os.getloadavg()[0]:.1f} after",
