@@ -163,9 +163,11 @@ def film_world() -> World:
     from pertoken.score.vader import compound
     from pertoken.worlds import sentiment
 
+    torch.set_float32_matmul_precision("high")  # TF32, where there is such a thing
     split = {side: [sentiment.messages(p) for p in some] for side, some in sentiment.prompts().items()}
     return World(
-        name="film replies, SmolLM2-135M-Instruct (dequantised Q4_1), LoRA rank 8",
+        name="film replies, SmolLM2-135M-Instruct (dequantised Q4_1), LoRA rank 8, "
+        + (f"TF32, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "cpu"),
         base=load("smollm2"),
         policy=lambda: load("smollm2", lora=8),
         reward=compound,

@@ -9,7 +9,7 @@ after arm in turn), and, beside it, into the same floating-point operations of f
 each with half a window of context or more, all arms are asked the same: the greedy spelling up to the next space, as a
 string.
 
-How much training, with --full: the time that takes the subword model through the text 5, 10, 20 or 40 times, whichever
+How much training, with --full: the time that takes the subword model through the text 5, 10 or 20 times, whichever
 budget gives the best word accuracy that either BASELINE has, with seed 0, on the last 5,000 words of the training
 part (kept from training then and in what is reported). The bound is judged at equal time, which the specification
 names first; written before any of it was run.
@@ -62,7 +62,7 @@ class Size:
 
 
 FULL = Size(width=256, layers=4, prefix=4, window=64, vocabulary=4096, batch=32, words=10_000)
-EPOCHS = (5, 10, 20, 40)
+EPOCHS = (5, 10, 20)
 """Budgets of --full: forward operations of so many passes of the subword model over the text."""
 VALIDATION = 5000
 
