@@ -1,0 +1,29 @@
+"""Importing this makes the device ``pretend`` (see device.cpp); as a pytest plugin: ``pytest -p tests.pretend``.
+
+It is compiled once (half a minute) with the C++ compiler and ninja that torch's extensions need.
+"""
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch.utils.cpp_extension import load
+
+
+def _start() -> None:
+    built: Any = load("pertoken_pretend", [str(Path(__file__).parent / "device.cpp")])
+    torch.utils.rename_privateuse1_backend("pretend")
+    built.start()
+    module: Any = ModuleType("torch.pretend")  # what torch asks a device's module for
+    module.is_available = module.is_initialized = lambda: True
+    module._is_in_bad_fork = lambda: False
+    module.device_count, module.current_device = lambda: 1, lambda: 0
+    module.synchronize = module.empty_cache = module.manual_seed_all = lambda *_: None
+    module.get_rng_state, module.set_rng_state = lambda *_: torch.zeros(8, dtype=torch.uint8), lambda *_: None
+    module.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
+    torch._register_device_module("pretend", module)
+    torch.utils.generate_methods_for_privateuse1_backend()
+
+
+_start()
