@@ -28,6 +28,7 @@ from ._demonstrations import demonstration
 from ._dynamic_scaling import data_hardness, responsiveness, scaled, similarity
 
 INACTIVE = 1.1  # max / min of alpha below which scaling does next to nothing
+GENERATIONS = Rollouts().generations  # of a policy that teaches rewards, where the method itself draws one completion
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,8 +155,11 @@ class Demonstrated:
             drawn = sample(lm, [g.prompt_ids for g in some], n, how, seed=seed)
             return [[with_row(g, t) for t in traces] for g, traces in zip(some, drawn, strict=True)]
 
+        # GRPO compares completions of one prompt, of which PPO draws a single one
+        several = rollouts if rollouts.generations > 1 else dataclasses.replace(rollouts, generations=GENERATIONS)
+
         def draw(number: int, rewards: Any, rows: list[int]) -> list[list[Trace]]:
-            judge = {"scorer": rewards, "policy_loss": PolicyLoss(kl_loss=self.irl.irl_beta), "rollouts": rollouts}
+            judge = {"scorer": rewards, "policy_loss": PolicyLoss(kl_loss=self.irl.irl_beta), "rollouts": several}
             bare = [dataclasses.replace(run.groups[i], traces=(), columns={}) for i in rows]
             steps, before = {"steps": self.irl.irl_policy_steps}, now["lm"] if number > 1 else run.policy
             now["lm"] = run.train("grpo", on=bare, config=steps, start=before, **judge)
