@@ -125,9 +125,7 @@ def make_method(text: str, what: str = "method") -> tuple[str, Any]:
     """
     import re
 
-    import yaml
-
-    from .run_file import merged
+    from .run_file import merged, value_of
 
     slug, _, words = text.partition(":")
     kind, changes = catalog.method(slug), dict[str, Any]()
@@ -139,7 +137,9 @@ def make_method(text: str, what: str = "method") -> tuple[str, Any]:
         place = changes
         for group in groups:
             place = place.setdefault(group, {})
-        place[option] = yaml.safe_load(value)
+            if not isinstance(place, dict):
+                raise ValueError(f"{what} {text}: {group} is given a value and options of its own; give one of them")
+        place[option] = value_of(value, f"{what} {text}")
     return slug, merged(kind(), changes, f"{what} {slug}")
 
 
