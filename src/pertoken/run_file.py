@@ -54,7 +54,7 @@ def value_of(text: str, where: str) -> Any:
         ValueError: it cannot be read; `where` says what it is of.
     """
     value = _loaded(text, where)
-    number = isinstance(value, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value)  # to YAML, 1e-3 is a text
+    number = isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value)  # to YAML, 1e-3 is a text
     return float(value) if number else value
 
 
@@ -100,7 +100,7 @@ def _fitted(value: Any, hint: Any) -> Any:
             except ValueError:
                 continue
         raise ValueError(value)
-    if origin is Literal and value in among or value is None and hint is type(None):
+    if (origin is Literal and value in among) or (value is None and hint is type(None)):
         return value
     if origin is tuple and isinstance(value, list | tuple):
         kinds = (among[0],) * len(value) if among[1:] == (...,) else among

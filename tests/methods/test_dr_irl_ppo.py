@@ -89,8 +89,7 @@ def test_rewards_taught_by_a_policy_need_several_completions(tmp_path):
         rollouts=Rollouts(generations=1, sampling=Sampling(max_new_tokens=3)),
         encode=lambda texts: np.array([[len(t), t.count("o")] for t in texts], np.float32),
     )
-    config = LoopConfig(steps=1, batch_size=2)
-    run = Run(slug="dr-irl-ppo", objective=objective, policy=lm, groups=groups, held_out=[], config=config, out=tmp_path,
-              resolve=catalog.method, progress=False)  # fmt: skip
+    given = {"held_out": [], "config": LoopConfig(steps=1, batch_size=2), "out": tmp_path, "resolve": catalog.method}
+    run = Run(slug="dr-irl-ppo", objective=objective, policy=lm, groups=groups, progress=False, **given)
     run.go()
     assert [s["stage"] for s in run.stages.records] == ["grpo-model", "irl-reward"]
