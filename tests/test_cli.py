@@ -164,7 +164,8 @@ def test_values_of_options_are_of_their_types(tmp_path, capsys):
     assert make_method("reagent:max_steps=6e1,stop.rationale_ratio=1e-1")[1].max_steps == 60
     assert make_method("reagent:fixed=[1,2],stop.among=0")[1].fixed == (1, 2)
     assert make_method("stochastok:cap=null")[1].cap is None and make_method("stochastok:cap=2")[1].cap == 2
-    assert make_method("sar:t=1,join=' '")[1].join == " "
+    assert make_method("sar:t=1,join=', '")[1].join == ", " and make_method('sar:join="a,b",t=1')[1].t == 1
+    assert make_method("reward-transform:references={values: {a: 1, b: 2}},q=0.5")[1].q == 0.5
     assert _settings(["beta=1e-1", "x.name=e5"], ["x"]) == {"x": {"beta": 0.1, "name": "e5"}}
     for words, hint in (
         ("reagent:max_steps=soon", "max_steps='soon' is no int"),

@@ -129,7 +129,7 @@ def make_method(text: str, what: str = "method") -> tuple[str, Any]:
 
     slug, _, words = text.partition(":")
     kind, changes = catalog.method(slug), dict[str, Any]()
-    for word in re.split(r",(?![^\[]*\])", words) if words else ():
+    for word in re.findall(r"""(?:\[[^]]*]|{[^}]*}|"[^"]*"|'[^']*'|[^,])+""", words):  # commas in values are theirs
         name, equals, value = word.partition("=")
         if not equals:
             raise ValueError(f"{what} {text}: write SLUG:NAME=VALUE,NAME=VALUE")
