@@ -280,6 +280,18 @@ def test_rewards_are_learned_before_training(tmp_path, irl_policy):
     assert (run.updates > 1) == (irl_policy == "grpo")
 
 
+def test_a_prompt_without_category_among_others_is_refused():
+    """It would be a category of its own, the rarest, to whose size all others are cut."""
+    named = lambda row, c: Example(prompt="q", kind="prompt", row=row, extra={"demonstration": "no", "category": c})
+    groups = [Group(example=named(k, c), prompt_ids=(1,)) for k, c in enumerate(("crime", "crime", "", "insult"))]
+    run = SimpleNamespace(groups=groups, config=SimpleNamespace(seed=0), report=print)
+    with pytest.raises(ValueError, match="row 2 has no category and others do"):
+        DRIRL(scorer=len).prepare(run)
+    run.groups = groups[:2]
+    DRIRL(scorer=len).prepare(run)
+    assert len(run.groups) == 2
+
+
 # ---- the rule that no large speed-up follows from alpha
 
 

@@ -127,8 +127,15 @@ class Demonstrated:
             run.reward_by({"irl": self.irl_reward(run, self.rollouts)})
 
     def balanced(self, run: Preparation) -> None:
-        """Keep as many prompts of each category as the rarest has, if that is asked."""
+        """Keep as many prompts of each category as the rarest has, if that is asked.
+
+        Raises:
+            ValueError: some prompts have no category and others do (no category would be the rarest).
+        """
         names = [str(g.example.extra.get("category", "")) for g in run.groups]
+        if "" in names and any(names):
+            row = run.groups[names.index("")].example.row
+            raise ValueError(f"row {row} has no category and others do; give every prompt one, or none")
         if self.scaling.balance:
             kept = balanced(names, run.config.seed)
             if len(kept) < len(names):
