@@ -47,6 +47,7 @@ def fit(
     unscored: Sequence[int | Sequence[bool]] | None = None,
     description: str = "train LM",
     progress: bool = True,
+    device: str = "cpu",
 ) -> Any:
     """A LlamaForCausalLM (float32, eval mode) after one pass of next-token loss over the rows.
 
@@ -75,14 +76,14 @@ def fit(
             torch.manual_seed(seed)
             model = LlamaForCausalLM(LlamaConfig(**size, pad_token_id=0, bos_token_id=1, eos_token_id=2)).float()
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    model.train()
+    model.to(device).train()
     for step in track(range(steps), description, console=Console(stderr=True), disable=not progress):
         warmup, decay = (step + 1) / max(1, steps // 20), 0.5 * (1 + math.cos(math.pi * step / steps))
         optimizer.param_groups[0]["lr"] = learning_rate * min(warmup, decay)
         part = slice(order[step] * batch, (order[step] + 1) * batch)
         ids_BT = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows[part]], batch_first=True)
         asked_BT = torch.nn.utils.rnn.pad_sequence(masks[part], batch_first=True)
-        labels_BT = ids_BT.masked_fill(asked_BT, 0)[:, 1:]
+        ids_BT, labels_BT = ids_BT.to(device), ids_BT.masked_fill(asked_BT, 0)[:, 1:].to(device)
         logits_BTV = model(input_ids=ids_BT[:, :-1], use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), labels_BT.flatten(), ignore_index=0)
         loss.backward()
