@@ -81,17 +81,18 @@ def alphas(
         mine = names == name
         if scaling.signals in ("both", "data"):
             alpha[mine] *= data_hardness(1 - w[mine])
-        scored = gap[mine][np.isfinite(gap[mine])]  # rows whose reward failed were told and left out
+        scored = gap[mine][np.isfinite(gap[mine])]  # rows whose reward failed are left out, and told below
         if scaling.signals in ("both", "model") and len(scored):
             factor, count = responsiveness(scored, scaling.tau)
             alpha[mine] *= factor
             removed += count
             if count == len(scored):
                 say(f"dr-irl: warning: tau removes every gap of category {name!r}; raise it (alphaM is 1)")
-    ratio = alpha.max() / alpha.min()
+    ratio, known = alpha.max() / alpha.min(), gap[np.isfinite(gap)]
     say(
         f"dr-irl: alpha from {alpha.min():.3f} to {alpha.max():.3f} (ratio {ratio:.2f}), mean gap "
-        f"{np.nanmean(gap):.3f}, {removed} gaps beyond tau, {empty} texts without a clause"
+        f"{known.mean() if len(known) else np.nan:.3f}, {removed} gaps beyond tau, {empty} texts without a clause"
+        + (f", {len(gap) - len(known)} prompts without a reward" if len(known) < len(gap) else "")
         + ("; the scaling is inactive" if ratio < INACTIVE else "")
     )
     return alpha
