@@ -8,10 +8,13 @@ tokens and answered greedily in any. An arm stops there, or after --steps. Also:
 problems are asked in single digits, which the first arm never saw.
 
 Bound: StochasTok needs at most half of the steps that ordinary tokens need (where these never get there: half of
---steps). Rate, width and batch are from runs of two digits on another seed (7), and the same for all arms.
+--steps). Rate, width and batch were not searched for; that the three arms learn was seen in two digits on another seed
+(7; the second command), where 1,600 steps bring ordinary tokens to 0.20, StochasTok to 0.74 (asked in digits 0.84) and
+single digits to 0.96.
 
-    python examples/stochastok_addition.py                                             minutes on a GPU
-    python examples/stochastok_addition.py --digits 2 --layers 2 --width 128 --pool 8000    two minutes on a CPU
+    python examples/stochastok_addition.py        minutes on a GPU
+    python examples/stochastok_addition.py --digits 2 --layers 2 --width 64 --pool 8000 --held-out 300 --batch 128 \\
+        --steps 1600 --learning-rate 2e-3 --seeds 7    five minutes on a core
 """
 
 from __future__ import annotations
@@ -45,6 +48,8 @@ class Options:
     batch: int = 512
     steps: int = 12_000
     """An arm's most."""
+    minutes: float = 0.0
+    """An arm's most, if it is not 0: the steps until then count, so that a slow baseline looks better, not worse."""
     every: int = 200
     """Steps between two looks at the held-out problems."""
     held_out: int = 1000
@@ -130,8 +135,8 @@ def exact(model: Any, words: Any, some: list[tuple[str, str]], longest: int, sin
 
 def learned(
     name: str, some: list[tuple[str, str]], judged: list[tuple[str, str]], options: Options, seed: int, device: str
-) -> tuple[int | None, float, float, float]:
-    """Steps to the goal (None: not within the budget); exact match then, also asked in digits; tokens a problem."""
+) -> tuple[int, float, float, float]:
+    """Steps, to the goal or to the end of the budget; exact match then, also asked in digits; tokens a problem."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     words = tokenizer(1 if name == "single digits" else options.digits)
@@ -147,7 +152,7 @@ def learned(
     model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, betas=(0.9, 0.98), weight_decay=0.1)
     rng, order, began = np.random.default_rng([seed, 14]), np.zeros(0, int), time.perf_counter()
-    share = 0.0
+    share, late = 0.0, False
     for step in range(1, options.steps + 1):
         optimizer.param_groups[0]["lr"] = options.learning_rate * min(1.0, step / 200)
         if len(order) < options.batch:
@@ -159,30 +164,31 @@ def learned(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step % options.every == 0 or step == options.steps:
+        late = bool(options.minutes) and time.perf_counter() - began > 60 * options.minutes
+        if step % options.every == 0 or step == options.steps or late:
             share = exact(model, words, judged, options.digits + 1)
             spent = f"loss {loss.item():.3f}, {time.perf_counter() - began:.0f} s"
             print(f"seed {seed}, {name:<15} step {step:>6}: {share:.3f} right, {spent}", flush=True)
-            if share >= GOAL:
+            if share >= GOAL or late:
                 break
     apart = exact(model, words, judged, options.digits + 1, single=True)
-    return (step if share >= GOAL else None), share, apart, tokens
+    return step, share, apart, tokens
 
 
 def main(options: Options) -> None:
     """Run it and print the table."""
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    found: dict[str, list[tuple[int | None, float, float, float]]] = {name: [] for name in ARMS}
+    found: dict[str, list[tuple[int, float, float, float]]] = {name: [] for name in ARMS}
     for seed in options.seeds:
         some, judged = problems(options.pool, options.held_out, options.digits, seed)
         print(f"{len(some)} problems of {options.digits} digits to learn, {len(judged)} held out; {device}", flush=True)
         for name in ARMS:
             found[name].append(learned(name, some, judged, options, seed, device))
-    spent = {name: [step or options.steps for step, *_ in each] for name, each in found.items()}
-    there = {name: all(step is not None for step, *_ in each) for name, each in found.items()}
+    spent = {name: [step for step, *_ in each] for name, each in found.items()}
+    there = {name: all(share >= GOAL for _, share, *_ in each) for name, each in found.items()}
     rest = {name: np.mean([one[1:] for one in each], axis=0) for name, each in found.items()}
     for name, (share, apart, tokens) in rest.items():
-        steps = ", ".join(f"{n}" if f[0] else f"not within {n}" for n, f in zip(spent[name], found[name], strict=True))
+        steps = ", ".join(f"{n}" if each >= GOAL else f"not within {n}" for n, each, *_ in found[name])
         print(f"{name:<15} steps to {GOAL:.0%}: {steps}; at the end {share:.3f}, asked in digits {apart:.3f}, "
               f"{tokens:.1f} tokens a problem")  # fmt: skip
     ratios = [a / b for a, b in zip(spent["stochastok"], spent["ordinary tokens"], strict=True)]
@@ -203,7 +209,7 @@ def main(options: Options) -> None:
             world=f"{options.layers} layers x {options.width}, {options.pool} problems, batch {options.batch}",
             seeds=options.seeds,
             notes="interval: least and greatest of the seeds"
-            + (f"; not there within {options.steps} steps, which are counted: {', '.join(short)}" if short else ""),
+            + (f"; not there within their steps, which are counted: {', '.join(short)}" if short else ""),
             rows=[
                 {"metric": "steps, single digits", "value": mean["single digits"]},
                 *({"metric": f"exact match at the end, {name}", "value": float(r[0])} for name, r in rest.items()),
