@@ -110,7 +110,9 @@ def trained(cut: Any, rows: list[str], seed: int, name: str) -> LM:
 def slope(questions: Sequence[Question], correct: Sequence[bool], cut: Any, seed: int) -> tuple[float, float, float]:
     """Of correctness on the length of the token that holds the asked place, beside that place; the 95 % interval is of
     500 draws of the words, as questions about one word are no independent ones."""
-    x = np.array([float(features(q, cut).target_token_length or 0) for q in questions])
+    lengths = [features(q, cut).target_token_length for q in questions]
+    assert None not in lengths, "a byte-level BPE spells every word"
+    x = np.array(lengths, float)
     place, right = np.array([float(q.answer) for q in questions]), np.array(correct)
     of: dict[str, list[int]] = {}
     for i, q in enumerate(questions):

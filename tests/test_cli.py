@@ -149,6 +149,46 @@ def test_unknown_option_in_a_run_file_is_named(tmp_path, capsys):
     assert "'betta'" in capsys.readouterr().err
 
 
+def test_values_of_options_are_of_their_types(tmp_path, capsys):
+    """YAML reads 1e-5 as text and takes any value for any option."""
+    import yaml
+
+    from pertoken.api import make_method
+    from pertoken.cli import _settings, _train_kind
+    from pertoken.run_file import merged, read_run_file
+
+    path = tmp_path / "run.yaml"
+    path.write_text("method: {beta: 1e-2}\nrun: {loop: {lr: 1e-5, steps: 3}}")
+    read = read_run_file(path, _train_kind("dpo")())
+    assert (read.method.beta, read.run.loop.lr, read.run.loop.steps) == (0.01, 1e-5, 3)
+    assert make_method("reagent:max_steps=6e1,stop.rationale_ratio=1e-1")[1].max_steps == 60
+    assert make_method("reagent:fixed=[1,2],stop.among=0")[1].fixed == (1, 2)
+    assert make_method("stochastok:cap=null")[1].cap is None and make_method("stochastok:cap=2")[1].cap == 2
+    assert make_method("sar:t=1,join=', '")[1].join == ", " and make_method('sar:join="a,b",t=1')[1].t == 1
+    assert make_method("reward-transform:references={values: {a: 1, b: 2}},q=0.5")[1].q == 0.5
+    assert _settings(["beta=1e-1", "x.name=e5"], ["x"]) == {"x": {"beta": 0.1, "name": "e5"}}
+    for words, hint in (
+        ("reagent:max_steps=soon", "max_steps='soon' is no int"),
+        ("reagent:max_steps=", "max_steps=None is no int"),
+        ("reagent:max_steps=1.5", "is no int"),
+        ("reagent:max_steps=true", "is no int"),
+        ("reagent:max_steps.x=1", "is no int"),
+        ("reagent:init=one", "is no Literal['zero', 'uniform']"),
+        ("reagent:fixed=[1,b]", "is no tuple[int, ...]"),
+        ("stochastok:cap=few", "is no int | None"),
+        ("reagent:max_steps=1,max_steps.y=2", "max_steps is given a value and options of its own"),
+        ("reagent:max_steps={a", "mend what YAML cannot read"),
+    ):
+        with pytest.raises(ValueError) as error:
+            make_method(words)
+        assert hint in str(error.value)
+    path.write_text("method: {beta: [")
+    assert main(["train", "dpo", "--config", str(path)]) == 2
+    assert "run.yaml" in capsys.readouterr().err
+    whole = _train_kind("dpo")()
+    assert merged(whole, yaml.safe_load("run: {out: there}"), "x").run.out in ("there", Path("there"))
+
+
 def test_score_saves_and_view_draws(tmp_path, model, data, capsys):
     saved, page = tmp_path / "credit.jsonl", tmp_path / "page.html"
     words = ["score", "vader", "--data", data, "--model", model, "--limit", "2"]

@@ -125,13 +125,11 @@ def make_method(text: str, what: str = "method") -> tuple[str, Any]:
     """
     import re
 
-    import yaml
-
-    from .run_file import merged
+    from .run_file import merged, value_of
 
     slug, _, words = text.partition(":")
     kind, changes = catalog.method(slug), dict[str, Any]()
-    for word in re.split(r",(?![^\[]*\])", words) if words else ():
+    for word in re.findall(r"""(?:\[[^]]*]|{[^}]*}|"[^"]*"|'[^']*'|[^,])+""", words):  # commas in values are theirs
         name, equals, value = word.partition("=")
         if not equals:
             raise ValueError(f"{what} {text}: write SLUG:NAME=VALUE,NAME=VALUE")
@@ -139,7 +137,9 @@ def make_method(text: str, what: str = "method") -> tuple[str, Any]:
         place = changes
         for group in groups:
             place = place.setdefault(group, {})
-        place[option] = yaml.safe_load(value)
+            if not isinstance(place, dict):
+                raise ValueError(f"{what} {text}: {group} is given a value and options of its own; give one of them")
+        place[option] = value_of(value, f"{what} {text}")
     return slug, merged(kind(), changes, f"{what} {slug}")
 
 

@@ -469,7 +469,7 @@ def _leading(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _settings(pairs: Sequence[str], slugs: Sequence[str]) -> dict[str, dict[str, Any]]:
     """``t-reg.alpha=0.5`` and ``beta=0.1`` as options by method; values are read as YAML."""
-    import yaml
+    from .run_file import value_of
 
     out: dict[str, dict[str, Any]] = {s: {} for s in slugs}
     for pair in pairs:
@@ -478,7 +478,7 @@ def _settings(pairs: Sequence[str], slugs: Sequence[str]) -> dict[str, dict[str,
         if not equals or (dot and slug not in out):
             raise ValueError(f"--set {pair}: write METHOD.OPTION=VALUE with a method of {', '.join(slugs)}")
         for target in [slug] if dot else list(out):
-            out[target][option if dot else name] = yaml.safe_load(value)
+            out[target][option if dot else name] = value_of(value, f"--set {pair}")
     return out
 
 

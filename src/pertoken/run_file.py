@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import types
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -30,7 +33,7 @@ def read_run_file(path: Path, default: Any) -> Any:
     """
     if not path.exists():
         raise ValueError(f"there is no run file {path}")
-    data = yaml.safe_load(path.read_text("utf8"))
+    data = _loaded(path.read_text("utf8"), str(path))
     if not isinstance(data, dict):
         raise ValueError(f"{path} holds no mapping of options; write NAME: VALUE lines under method: and run:")
     data.pop("name", None)
@@ -44,22 +47,82 @@ def write_run_file(path: Path, slug: str, options: Any) -> Path:
     return path
 
 
+def value_of(text: str, where: str) -> Any:
+    """An option's value from a command line, read as YAML.
+
+    Raises:
+        ValueError: it cannot be read; `where` says what it is of.
+    """
+    value = _loaded(text, where)
+    number = isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value)  # to YAML, 1e-3 is a text
+    return float(value) if number else value
+
+
 def merged(options: Any, data: Mapping[str, Any], where: str) -> Any:
     """Options (nested dataclasses) with the values of a mapping.
 
     Raises:
-        ValueError: a name that the options do not have; `where` says in what.
+        ValueError: a name that the options do not have, or a value of another type than the option's; `where` says in
+            what.
     """
     known = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
-    changes: dict[str, Any] = {}
+    hints, changes = typing.get_type_hints(type(options)), dict[str, Any]()
     for key, value in data.items():
         name = key.replace("-", "_")
         if name not in known:
             raise ValueError(f"{where}: there is no option {key!r}; options here: {', '.join(known)}")
-        nested = dataclasses.is_dataclass(known[name]) and isinstance(value, Mapping)
+        if dataclasses.is_dataclass(known[name]) and isinstance(value, Mapping):
+            changes[name] = merged(known[name], value, f"{where}: {key}")
+            continue
         value = tuple(value) if isinstance(value, list) and isinstance(known[name], tuple) else value
-        changes[name] = merged(known[name], value, f"{where}: {key}") if nested else value
+        try:
+            changes[name] = _fitted(value, hints[name])
+        except ValueError as error:
+            wanted = hints[name].__name__ if isinstance(hints[name], type) else str(hints[name]).replace("typing.", "")
+            raise ValueError(f"{where}: {key}={value!r} is no {wanted}; give one") from error
     return dataclasses.replace(options, **changes)
+
+
+def _fitted(value: Any, hint: Any) -> Any:
+    """A value that YAML read as an option of that type: a list as a tuple, 1e-3 (which is text to YAML) as a number.
+
+    Raises:
+        ValueError: it is none.
+    """
+    origin, among = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        exact = [kind for kind in among if kind is type(value)]  # text stays text where both text and numbers will do
+        for kind in (*exact, *among):
+            try:
+                return _fitted(value, kind)
+            except ValueError:
+                continue
+        raise ValueError(value)
+    if (origin is Literal and value in among) or (value is None and hint is type(None)):
+        return value
+    if origin is tuple and isinstance(value, list | tuple):
+        kinds = (among[0],) * len(value) if among[1:] == (...,) else among
+        return tuple(_fitted(v, kind) for v, kind in zip(value, kinds, strict=True))
+    if hint in (int, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
+        number = float(value) if isinstance(value, str) else value
+        if hint is int and number != int(number):
+            raise ValueError(value)
+        return int(number) if hint is int else number
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    plain = hint in (int, float, bool, str, type(None)) or origin in (Literal, tuple)
+    if not plain or (isinstance(hint, type) and isinstance(value, hint) and isinstance(value, bool) == (hint is bool)):
+        return value
+    raise ValueError(value)
+
+
+def _loaded(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where}: {' '.join(str(error).split())}; mend what YAML cannot read") from error
 
 
 def _plain(value: Any) -> Any:

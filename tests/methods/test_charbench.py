@@ -3,6 +3,7 @@
 
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,9 +16,11 @@ from pertoken.bench.charbench.analysis import (
     counting_bias,
     logistic_slope,
     mixed_case,
+    over_models,
     overlap,
     pearson,
 )
+from pertoken.core.bytes import byte_view
 from tests import tiny
 
 WORDS = [f"{a}{b}{c}{d}" * k for a in "abc" for b in "Ade" for c in "fg" for d in "hi" for k in (1, 2)]
@@ -99,6 +102,7 @@ def test_random_digits_are_right_once_in_length():
 def test_parsing():
     assert [parse(t) for t in ("3", " +2\n", "03", "３", "3.", "The answer is 3", "")] == [3, 2, 3, 3, None, None, None]
     assert [parse(t, "first_integer") for t in ("3.", "The answer is -3", "none")] == [3, -3, None]
+    assert [parse("9" * 5000, how) for how in ("strict", "first_integer")] == [None, None]  # Python reads 4,300 digits
     with pytest.raises(ValueError, match="strict, first_integer"):
         parse("3", "x")
 
@@ -144,6 +148,33 @@ def test_target_token_by_hand():
         features(q, tiny.tokenizer(), "x")
 
 
+def test_places_are_characters_and_tokens_bytes():
+    """The tiny tokenizer cuts "naïve" as n, a and half of ï, its other half, ve; SentencePiece in three."""
+    view = byte_view(tiny.tokenizer())
+    assert view.pieces_of_text("naïve")[1] == (b"n", b"a\xc3", b"\xaf", b"ve")
+    questions = CharBench(tasks=(TASKS[2],)).items({5: ["naïve"] * 4})[0] * 5
+    for tokenizer, lengths in ((tiny.tokenizer(), [1, 2, 2, 2, 2]), (tiny.sentencepiece("bpe"), None)):
+        ends = (
+            np.cumsum([len(p.decode()) for p in byte_view(tokenizer).pieces_of_text("naïve")[1]]) if not lengths else []
+        )
+        for place, (q, c) in enumerate(zip(questions, "naïve", strict=True)):
+            asked = replace(
+                q, character=c, answer=str(place), question=q.question.replace(f"'{q.character}'", f"'{c}'")
+            )
+            for where in ("bare", "question"):
+                cut = features(asked, tokenizer, where)
+                k = int(np.searchsorted(ends, place, side="right"))
+                wanted = lengths[place] if lengths else ends[k] - (ends[k - 1] if k else 0)
+                assert cut.target_token_length == wanted and cut.word_length == 5, (c, where)
+
+
+def test_a_word_that_is_unknown_is_not_spelled():
+    (q,) = CharBench(tasks=(TASKS[2],)).items({5: ["xqzjQ"] * 4})[0]
+    for where in ("bare", "question"):
+        cut = features(q, tiny.wordpiece(), where)
+        assert cut.number_of_tokens is cut.target_token_length is cut.compression_rate is None and cut.word_length == 5
+
+
 # ---- analysis
 
 
@@ -181,6 +212,14 @@ def test_analyse_joins_them():
         analyse(graded, cuts[:1])
 
 
+def test_correlations_are_averaged_over_models():
+    nan = math.nan
+    models = [{TASKS[0]: {"pearson": {"n": r, "gold": other}}} for r, other in ((0.5, nan), (nan, nan), (-0.1, nan))]
+    found = over_models([*models, {TASKS[1]: {"pearson": {"n": 1.0}}}])
+    assert found[TASKS[0]]["n"] == pytest.approx(0.2) and math.isnan(found[TASKS[0]]["gold"])
+    assert found[TASKS[1]] == {"n": 1.0}
+
+
 def test_logistic_slope_finds_a_planted_one():
     """5,000 draws at slope -0.8 beside a control: the interval covers it, and the control's absence does not matter."""
     rng = np.random.default_rng(0)
@@ -188,6 +227,11 @@ def test_logistic_slope_finds_a_planted_one():
     y = rng.random(5000) < 1 / (1 + np.exp(-(0.3 - 0.8 * x + 0.5 * z)))
     slope, low, high = logistic_slope(x, y, [z])
     assert low < -0.8 < high < 0 and high - low < 0.3 and low < slope < high
+    for unit in (1e-4, 1e7):  # of another unit, or far from zero
+        assert np.allclose(np.array(logistic_slope(x * unit, y, [z])) * unit, (slope, low, high), rtol=1e-6)
+    assert np.allclose(logistic_slope(x + 1e4, y, [z]), (slope, low, high), rtol=1e-6)
+    with pytest.raises(ValueError, match="not finite"):
+        logistic_slope([1.0, float("nan"), 2.0], [True, False, True])
     with pytest.raises(ValueError, match="constant"):
         logistic_slope(np.ones(5), [True, False, True, False, True])
     with pytest.raises(ValueError, match="separate"):

@@ -280,6 +280,39 @@ def test_rewards_are_learned_before_training(tmp_path, irl_policy):
     assert (run.updates > 1) == (irl_policy == "grpo")
 
 
+def test_prompts_whose_reward_failed_are_told():
+    """A scorer may fail on rows that are left out by request: alphaM is of the others, and their number is said."""
+    from pertoken.train._demonstrated import alphas
+
+    class Fails:
+        def score(self, items):
+            if any(t.meta["row"] == 1 for t in items):
+                raise RuntimeError("no")
+            return [Credit.of_sequence(t, float(len(t))) for t in items]
+
+    step = rolled(DRIRL(rollouts=THREE, policy_loss=PLAIN, encode=encode), exact_lm(0))
+    lm, said = step.policy, []
+    traces = lambda some: [
+        dataclasses.replace(lm.trace_of_ids(g.prompt_ids, ids), meta={"row": g.example.row})
+        for g, ids in zip(step.groups, some, strict=True)
+    ]
+    rewarder = Rewarder({"fails": Fails()}, None, "skip")
+    found = alphas(step.groups, traces([[5], [6]]), traces([[7, 8], [9]]), rewarder, encode, Scaling(), said.append)
+    assert np.isfinite(found).all() and "mean gap 1.000" in said[-1] and "1 prompts without a reward" in said[-1]
+
+
+def test_a_prompt_without_category_among_others_is_refused():
+    """It would be a category of its own, the rarest, to whose size all others are cut."""
+    named = lambda row, c: Example(prompt="q", kind="prompt", row=row, extra={"demonstration": "no", "category": c})
+    groups = [Group(example=named(k, c), prompt_ids=(1,)) for k, c in enumerate(("crime", "crime", "", "insult"))]
+    run = SimpleNamespace(groups=groups, config=SimpleNamespace(seed=0), report=print)
+    with pytest.raises(ValueError, match="row 2 has no category and others do"):
+        DRIRL(scorer=len).prepare(run)
+    run.groups = groups[:2]
+    DRIRL(scorer=len).prepare(run)
+    assert len(run.groups) == 2
+
+
 # ---- the rule that no large speed-up follows from alpha
 
 

@@ -68,3 +68,28 @@ def test_a_prompt_without_a_demonstration_is_refused():
     groups[1].example.extra.clear()
     with pytest.raises(ValueError, match="row 1 has no text in column 'demonstration'"):
         DRIRLPPO().check(groups)
+
+
+def test_rewards_taught_by_a_policy_need_several_completions(tmp_path):
+    """PPO draws one completion a prompt; GRPO, which teaches the rewards, compares several."""
+    from pertoken import catalog
+    from pertoken.core.data import Group
+    from pertoken.core.examples import Example
+    from pertoken.core.irl import IRL
+    from pertoken.core.loop import LoopConfig
+    from pertoken.core.rollout import Sampling
+    from pertoken.core.run import Run
+    from tests import tiny
+
+    lm = tiny.lm()
+    rows = [Example(prompt=f"q{i}", kind="prompt", row=i, extra={"demonstration": "I cannot"}) for i in range(3)]
+    groups = [Group(example=example, prompt_ids=lm.encode_prompt(example.prompt)) for example in rows]
+    objective = DRIRLPPO(
+        irl=IRL(irl_rounds=2, irl_policy="grpo", irl_policy_steps=1),
+        rollouts=Rollouts(generations=1, sampling=Sampling(max_new_tokens=3)),
+        encode=lambda texts: np.array([[len(t), t.count("o")] for t in texts], np.float32),
+    )
+    given = {"held_out": [], "config": LoopConfig(steps=1, batch_size=2), "out": tmp_path, "resolve": catalog.method}
+    run = Run(slug="dr-irl-ppo", objective=objective, policy=lm, groups=groups, progress=False, **given)
+    run.go()
+    assert [s["stage"] for s in run.stages.records] == ["grpo-model", "irl-reward"]

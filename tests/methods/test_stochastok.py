@@ -1,6 +1,8 @@
 # pyright: reportArgumentType=false
 """StochasTok: the table of splits, what expansion keeps, and how it goes into traces and training data."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -103,6 +105,34 @@ def test_specials_are_never_split_or_made():
     tokenizer = tiny.tokenizer()
     out, _ = StochasTok(proportion=30.0).expand([0, 1, 2, 0], tokenizer)
     assert out == [0, 1, 2, 0]
+
+
+def test_added_tokens_are_never_split_or_made():
+    """A chat's markers are often added tokens that are not special; a long ordinary one must not become two of them."""
+    tokenizer = copy.deepcopy(tiny.tokenizer())
+    tokenizer.add_tokens(["<plot", "ting>", "<plotting>"])
+    added = tokenizer.convert_tokens_to_ids(["<plot", "ting>", "<plotting>"])
+    method = StochasTok(proportion=30.0)
+    assert method.expand(added, tokenizer)[0] == added
+    ids = byte_view(tokenizer).pieces_of_text(TEXT)[0]
+    assert not set(method.expand(ids, tokenizer)[0]) & set(added)
+
+
+def test_pieces_of_a_first_word_without_its_space():
+    """The id of "▁the" that begins a text says "the"; its parts say what is left of their own bytes."""
+    from pertoken.core.lm import LM
+
+    tokenizer = tiny.sentencepiece("bpe")
+    lm = LM(tiny.llama(), tokenizer, template="plain")
+    (was,) = tokenizer.convert_tokens_to_ids(["▁was"])
+    trace = lm.trace_of_ids((1,), (was, was), (b"was", b" was"))
+    seen = set()
+    for seed in range(20):
+        out = StochasTok(proportion=2.0).trace(trace, tokenizer, seed)
+        own = [byte_view(tokenizer).piece(i) for i in out.completion_ids]
+        assert list(out.completion_pieces) == [own[0][1:], *own[1:]] and out.text == "was was"
+        seen.add(out.completion_pieces[:2])
+    assert {(b"", b"w"), (b"w", b"as")} <= seen
 
 
 def test_report_counts_what_has_no_split():

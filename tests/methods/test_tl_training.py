@@ -222,13 +222,15 @@ def test_rendering():
     )
     now = 'Function:\ndef now():\n    """\n    Tells the time.\n\n    Args:\n    """'
     assert signatures([tool]) == said
+    assert signatures([{"type": "function", "function": tool}]) == said  # OpenAI's form
     assert signatures([tool, {"name": "now", "description": "Tells the time."}]) == f"{said}\n\n{now}"
     assert spoken_call("find", {"q": "é", "n": [1, True]}) == 'find(q="é", n=[1, true])'
 
 
 def test_tool_names():
     assert tool_names(["a", {"name": "b"}]) == ["a", "b"] and tool_names({"a": ["x"]}) == ["a"]
-    for bad in (None, [], [1], "a", [{"title": "x"}]):
+    assert tool_names([{"type": "function", "function": {"name": "b", "parameters": {}}}]) == ["b"]  # OpenAI's form
+    for bad in (None, [], [1], "a", [""], [{"title": "x"}], [{"type": "function", "function": {}}]):
         with pytest.raises(ValueError, match="row 3: column tools"):
             tool_names(bad, 3)
 

@@ -152,7 +152,12 @@ def test_columns():
         "news": ["page"],
         "now": [],
     }
-    assert credit_of(GOLD, tools=json.loads(json.dumps(schemas))).reduce() == pytest.approx(1.0)
+    nested = [{"type": "function", "function": schema} for schema in schemas]  # OpenAI's form
+    assert tools_of(nested) == tools_of(schemas)
+    nothing = {"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}
+    assert tools_of([*nested, nothing])["now"] == []  # an object's schema, no parameter "type"
+    for form in (schemas, nested):
+        assert credit_of(GOLD, tools=json.loads(json.dumps(form))).reduce() == pytest.approx(1.0)
     silent = (
         {"weather": "city"},
         {"weather": {"properties": {"city": {}}}},
@@ -160,7 +165,8 @@ def test_columns():
         [],
         {},
     )
-    for bad in (None, 3, [{"parameters": {}}], ["weather"], *silent):
+    nameless = [{"type": "function", "function": {"parameters": {}}}], [{"type": "function", "function": "weather"}]
+    for bad in (None, 3, [{"parameters": {}}], ["weather"], *nameless, *silent):
         with pytest.raises(ValueError, match="row 4: column tools must be"):
             credit_of(GOLD, tools=bad)
     with pytest.raises(ValueError, match="row 4 has no text in column gold_call"):

@@ -1,11 +1,12 @@
-"""Where the parts of a JSON object stand in the text that holds it."""
+"""Where the parts of a JSON object stand in the text that holds it, and what a JSON schema says of a tool."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from json.decoder import scanstring  # pyright: ignore[reportAttributeAccessIssue]
+from typing import Any
 
 Span = tuple[int, int]
 
@@ -41,3 +42,21 @@ def objects(text: str) -> Iterator[tuple[int, int, dict]]:
         else:
             yield at, end, value
         at = text.find("{", end)
+
+
+def tool_schema(tool: Any) -> tuple[str, Mapping[str, Any]]:
+    """Name and parameters of a tool, whose schema is flat, ``{"name", "parameters"}``, or nested as OpenAI's,
+    ``{"type": "function", "function": {"name", "parameters"}}``. The parameters come as an object's schema, with
+    ``properties``, also where the tool names them at once.
+
+    Raises:
+        ValueError: it has no name, or parameters that are no object.
+    """
+    inner = tool.get("function", tool) if isinstance(tool, Mapping) else None
+    name = inner.get("name") if isinstance(inner, Mapping) else None
+    parameters = (inner.get("parameters") if isinstance(inner, Mapping) else None) or {}
+    if not isinstance(name, str) or not name or not isinstance(parameters, Mapping):
+        raise ValueError(f'{tool!r} describes no tool; write {{"name": ..., "parameters": {{...}}}}')
+    if parameters.get("type") == "object" or "properties" in parameters:
+        return name, {"properties": {}, **parameters}
+    return name, {"properties": parameters}

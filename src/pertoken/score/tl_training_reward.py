@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from ..core.credit import Credit, laid_out
+from ..core.json_spans import tool_schema
 from ..core.trace import Trace, byte_offsets
 
 Span = tuple[int, int]
@@ -155,7 +156,7 @@ class TLTrainingReward:
 
     columns: ClassVar[Mapping[str, str]] = {
         "gold_call": "the right call, name(parameter=value, ...)",
-        "tools": "{tool: [its parameters in order]}, or a list of JSON schemas with name and parameters",
+        "tools": "{tool: [its parameters in order]}, or a list of JSON schemas (OpenAI's, too)",
     }
 
     def __post_init__(self) -> None:
@@ -217,9 +218,8 @@ def tools_of(given: Any, row: Any = "?") -> dict[str, list[str]]:
             raise TypeError("no tools, or no list of parameters")
         if listed:
             return {str(name): [str(p) for p in parameters] for name, parameters in given.items()}
-        schemas = [(tool["name"], tool.get("parameters") or {}) for tool in given]
-        return {str(name): [str(p) for p in known.get("properties", known)] for name, known in schemas}
-    except (TypeError, KeyError, AttributeError) as error:
+        return {name: [str(p) for p in known["properties"]] for name, known in map(tool_schema, given)}
+    except (TypeError, ValueError) as error:
         raise ValueError(f"row {row}: column tools must be {TLTrainingReward.columns['tools']}") from error
 
 

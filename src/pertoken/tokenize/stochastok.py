@@ -3,7 +3,7 @@
 Sims, Foster, Kaleb, Nguyen, Lee, Foerster, Teh, Lu, "StochasTok: Improving Fine-Grained Subword Understanding in LLMs",
 ICLR 2026, arXiv 2506.01687. Of the vocabulary as bytes, once:
 
-    expansions[v] = [(a, b): bytes(a) + bytes(b) = bytes(v)], shortest a first; specials are neither split nor made
+    expansions[v] = [(a, b): bytes(a) + bytes(b) = bytes(v)], shortest a first; no special or added tokens
 
 Expand n ids: int(n p) tries; each picks a position uniformly in the sequence as it is then; a token with expansions
 becomes one of them, uniformly, else the try is lost. Pieces may be split again. The bytes never change, nor does the
@@ -97,7 +97,9 @@ def expand(
 def _known(view: ByteView) -> tuple[Pairs, int]:
     """Expansions of a tokenizer, and how many tokens of several bytes have none."""
     raw = lambda token: str(view.tokenizer.convert_ids_to_tokens(token)).startswith("<0x")
-    usable = [i for i in sorted(view.tokenizer.get_vocab().values()) if i not in view.special_ids and view.piece(i)]
+    added = getattr(view.tokenizer, "added_tokens_decoder", {})  # special or not (a chat's <tool_call>): one by name
+    usable = [i for i in sorted(view.tokenizer.get_vocab().values()) if i not in {*view.special_ids, *added}]
+    usable = [i for i in usable if view.piece(i)]
     usable.sort(key=raw)  # stable: raw bytes of a fallback come last
     pieces = {i: view.piece(i) for i in usable}
     pairs = expansions(pieces)
@@ -154,13 +156,18 @@ class StochasTok:
         if trace.tokenizer != view.fingerprint:
             raise ValueError(f"the trace is of tokenizer {trace.tokenizer}, not of {view.fingerprint}: give its own")
         ids, origins = self.expand(trace.completion_ids, tokenizer, *key)
+        own: list[list[bytes]] = [[] for _ in trace.completion_ids]
+        for token, origin in zip(ids, origins, strict=True):
+            own[origin].append(view.piece(token))
         pieces: list[bytes] = []
-        for place, whole in enumerate(trace.completion_pieces):  # cut from the text, so they may differ from the ids'
-            own = [view.piece(ids[k]) for k in range(len(pieces), len(ids)) if origins[k] == place]
-            for piece in own[:-1]:
-                pieces.append(whole[: len(piece)])
-                whole = whole[len(piece) :]
-            pieces.append(whole)
+        for whole, some in zip(trace.completion_pieces, own, strict=True):
+            # cut from the text, which may lack the space that the first piece begins with: from the end, therefore
+            parts = []
+            for piece in reversed(some[1:]):
+                at = max(len(whole) - len(piece), 0)
+                parts.append(whole[at:])
+                whole = whole[:at]
+            pieces += [whole, *reversed(parts)]
         emitted = None if trace.emitted is None else tuple(trace.emitted[o] for o in origins)
         asked = trace.prompt_ids if prompt_ids is None else prompt_ids
         return dataclasses.replace(

@@ -28,6 +28,7 @@ from ._demonstrations import demonstration
 from ._dynamic_scaling import data_hardness, responsiveness, scaled, similarity
 
 INACTIVE = 1.1  # max / min of alpha below which scaling does next to nothing
+GENERATIONS = Rollouts().generations  # of a policy that teaches rewards, where the method itself draws one completion
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,17 +81,18 @@ def alphas(
         mine = names == name
         if scaling.signals in ("both", "data"):
             alpha[mine] *= data_hardness(1 - w[mine])
-        scored = gap[mine][np.isfinite(gap[mine])]  # rows whose reward failed were told and left out
+        scored = gap[mine][np.isfinite(gap[mine])]  # rows whose reward failed are left out, and told below
         if scaling.signals in ("both", "model") and len(scored):
             factor, count = responsiveness(scored, scaling.tau)
             alpha[mine] *= factor
             removed += count
             if count == len(scored):
                 say(f"dr-irl: warning: tau removes every gap of category {name!r}; raise it (alphaM is 1)")
-    ratio = alpha.max() / alpha.min()
+    ratio, known = alpha.max() / alpha.min(), gap[np.isfinite(gap)]
     say(
         f"dr-irl: alpha from {alpha.min():.3f} to {alpha.max():.3f} (ratio {ratio:.2f}), mean gap "
-        f"{np.nanmean(gap):.3f}, {removed} gaps beyond tau, {empty} texts without a clause"
+        f"{known.mean() if len(known) else np.nan:.3f}, {removed} gaps beyond tau, {empty} texts without a clause"
+        + (f", {len(gap) - len(known)} prompts without a reward" if len(known) < len(gap) else "")
         + ("; the scaling is inactive" if ratio < INACTIVE else "")
     )
     return alpha
@@ -126,8 +128,15 @@ class Demonstrated:
             run.reward_by({"irl": self.irl_reward(run, self.rollouts)})
 
     def balanced(self, run: Preparation) -> None:
-        """Keep as many prompts of each category as the rarest has, if that is asked."""
+        """Keep as many prompts of each category as the rarest has, if that is asked.
+
+        Raises:
+            ValueError: some prompts have no category and others do (no category would be the rarest).
+        """
         names = [str(g.example.extra.get("category", "")) for g in run.groups]
+        if "" in names and any(names):
+            row = run.groups[names.index("")].example.row
+            raise ValueError(f"row {row} has no category and others do; give every prompt one, or none")
         if self.scaling.balance:
             kept = balanced(names, run.config.seed)
             if len(kept) < len(names):
@@ -154,8 +163,11 @@ class Demonstrated:
             drawn = sample(lm, [g.prompt_ids for g in some], n, how, seed=seed)
             return [[with_row(g, t) for t in traces] for g, traces in zip(some, drawn, strict=True)]
 
+        # GRPO compares completions of one prompt, of which PPO draws a single one
+        several = rollouts if rollouts.generations > 1 else dataclasses.replace(rollouts, generations=GENERATIONS)
+
         def draw(number: int, rewards: Any, rows: list[int]) -> list[list[Trace]]:
-            judge = {"scorer": rewards, "policy_loss": PolicyLoss(kl_loss=self.irl.irl_beta), "rollouts": rollouts}
+            judge = {"scorer": rewards, "policy_loss": PolicyLoss(kl_loss=self.irl.irl_beta), "rollouts": several}
             bare = [dataclasses.replace(run.groups[i], traces=(), columns={}) for i in rows]
             steps, before = {"steps": self.irl.irl_policy_steps}, now["lm"] if number > 1 else run.policy
             now["lm"] = run.train("grpo", on=bare, config=steps, start=before, **judge)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..core.examples import DataReport, Example
-from ..core.json_spans import members, objects
+from ..core.json_spans import members, objects, tool_schema
 
 Turn = Mapping[str, Any]
 OUTPUT_ROLES = ("function", "tool")
@@ -106,18 +106,21 @@ def last_replies(
 
 
 def tool_names(given: Any, row: Any = "?") -> list[str]:
-    """Names of the tools at hand: a list of names or of JSON schemas with a name, or a mapping by name.
+    """Names of the tools at hand: a list of names or of JSON schemas (flat, or OpenAI's), or a mapping by name.
 
     Raises:
         ValueError: anything else, or none.
     """
     listed = list(given) if isinstance(given, Mapping | list | tuple) else []
-    names = [tool.get("name") if isinstance(tool, Mapping) else tool for tool in listed]
-    if not names or not all(isinstance(name, str) and name for name in names):
+    try:
+        names = [tool if isinstance(tool, str) else tool_schema(tool)[0] for tool in listed]
+    except ValueError:
+        names = []
+    if not names or not all(names):
         raise ValueError(
             f"row {row}: column tools must be the tools at hand: [names], [schemas with a name] or {{name: ...}}"
         )
-    return [str(name) for name in names]
+    return names
 
 
 def names_called(answer: str, tools: Sequence[str]) -> list[tuple[int, int, str]]:
@@ -143,20 +146,23 @@ def names_called(answer: str, tools: Sequence[str]) -> list[tuple[int, int, str]
 
 
 def signatures(tools: Sequence[Mapping[str, Any]]) -> str:
-    """JSON schemas as Python signatures, the form in which TL-Training shows tools to the model."""
+    """JSON schemas (flat, or OpenAI's) as Python signatures, the form in which TL-Training shows tools to the model.
+
+    Raises:
+        ValueError: one without a name.
+    """
     out = []
     for tool in tools:
-        parameters = tool.get("parameters") or {}
-        required = parameters.get("required", [])
-        known: Mapping[str, Any] = parameters.get("properties", parameters)
+        name, parameters = tool_schema(tool)
+        required, known = parameters.get("required", []), parameters["properties"]
         ordered = [*(p for p in required if p in known), *(p for p in known if p not in required)]
         head = [f"{p}: {known[p].get('type', 'Any')}" + ("" if p in required else " = None") for p in ordered]
         told = [f"    {p} ({known[p].get('type', 'Any')}): {known[p].get('description', '')}" for p in ordered]
         lines = [
             "Function:",
-            f"def {tool['name']}({', '.join(head)}):",
+            f"def {name}({', '.join(head)}):",
             '    """',
-            f"    {tool.get('description', '')}",
+            f"    {tool.get('function', tool).get('description', '')}",
         ]
         out.append("\n".join([*lines, "", "    Args:", *told, '    """']))
     return "\n\n".join(out)

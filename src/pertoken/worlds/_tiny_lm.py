@@ -47,14 +47,15 @@ def fit(
     unscored: Sequence[int | Sequence[bool]] | None = None,
     description: str = "train LM",
     progress: bool = True,
-    device: str = "cpu",
+    device: str | None = None,
 ) -> Any:
     """A LlamaForCausalLM (float32, eval mode) after one pass of next-token loss over the rows.
 
     rows: token ids with <bos> = 1 first and <eos> = 2 last (0 is <pad>). size: arguments of LlamaConfig. learning_rate:
     peak of the schedule (5 % warm-up, then cosine to 0) of AdamW. start: a model to go on from. unscored: of each row,
     so many first tokens have no loss (a question), or those that are True. The weights are a function of the arguments
-    on one machine and thread count; no global random state is read or changed. device: where it is trained, and stays.
+    on one machine and thread count; no global random state is read or changed. device: where it is trained, and
+    stays; default: it is trained on a GPU if there is one, and comes back where `start` was, else to the CPU.
     """
     import torch
     from rich.console import Console
@@ -75,6 +76,8 @@ def fit(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = LlamaForCausalLM(LlamaConfig(**size, pad_token_id=0, bos_token_id=1, eos_token_id=2)).float()
+    home = device or next(model.parameters()).device
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     model.train()
@@ -92,4 +95,4 @@ def fit(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    return model.eval()
+    return model.to(home).eval()

@@ -14,8 +14,9 @@ wrong, valid_rate says how much that was. Small models are asked by log-likeliho
 `features` says how a tokenizer cuts the word, `analysis` what correctness has to do with it.
 
 Differs from the authors' code: words are sorted before they are shuffled (there: set order, which changes from run to
-run); short lists are cut in quarters of what there is, and say so (there: an assertion); failures of a model count as
-errors (there: dropped); bins without an error are kept.
+run), and a long bucket is cut after that (there before, which of sorted words would leave the first of the alphabet);
+short lists are cut in quarters of what there is, and say so (there: an assertion); failures of a model count as errors
+(there: dropped); bins without an error are kept.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from ...core.lm import LM
 from ...core.packing import Cost, pack
 from ...core.rollout import Sampling, sample
 from ...core.stats import Needs, token_stats
-from .analysis import Graded, analyse, logistic_slope
+from .analysis import Graded, analyse, logistic_slope, over_models
 from .features import Cut, features
 
 __all__ = [
@@ -47,7 +48,7 @@ __all__ = [
     "grade",
     "logistic_slope",
 ]
-__all__ += ["parse", "report"]
+__all__ += ["over_models", "parse", "report"]
 
 TASKS = ("count_unique_chars", "count_character_frequency", "find_first_occurrence", "find_last_occurrence")
 _ASKED = {
@@ -110,10 +111,10 @@ def parse(response: str, how: Literal["strict", "first_integer"] = "strict") -> 
         raise ValueError(f"how={how!r} is not one of strict, first_integer")
     if how == "first_integer":
         found = re.search(r"[-+]?\d+", response)
-        return int(found[0]) if found else None
+        response = found[0] if found else ""
     try:
         return int(response.strip())
-    except ValueError:
+    except ValueError:  # no number, or one of more digits than Python reads
         return None
 
 

@@ -93,15 +93,32 @@ def analyse(graded: Sequence[Graded], cuts: Sequence[Any]) -> dict[str, Any]:
     return out
 
 
+def over_models(found: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Of each task and feature, the mean of ``pearson`` over the models' analyses (`analyse`), without those that are
+    NaN; NaN if all are."""
+    out: dict[str, dict[str, float]] = {}
+    for task in dict.fromkeys(task for one in found for task in one):
+        given = [one[task]["pearson"] for one in found if task in one]
+        known = {name: [r[name] for r in given if not math.isnan(r[name])] for name in given[0]}
+        out[task] = {name: float(np.mean(some)) if some else math.nan for name, some in known.items()}
+    return out
+
+
 def logistic_slope(
     x: Sequence[float], y: Sequence[bool], controls: Sequence[Sequence[float]] = (), steps: int = 100
 ) -> tuple[float, float, float]:
     """Slope of log-odds on x beside other columns, and its 95 % interval (Wald, Newton's method).
 
     Raises:
-        ValueError: a column that is constant, or classes that the columns separate (the slope has no maximum).
+        ValueError: a column that is constant or not finite, or classes that the columns separate (the slope has no
+            maximum).
     """
-    table = np.column_stack([np.ones(len(x)), x, *controls]).astype(np.float64)
+    columns = np.column_stack([x, *controls]).astype(np.float64)
+    mean, scale = columns.mean(0), columns.std(0)
+    if not np.isfinite(columns).all():
+        raise ValueError("a column holds a value that is not finite; leave those questions out")
+    # in standard deviations from the mean, so that no unit makes the equations ill-conditioned
+    table = np.column_stack([np.ones(len(columns)), (columns - mean) / np.where(scale > 0, scale, 1.0)])
     target, b = np.asarray(y, np.float64), np.zeros(table.shape[1])
     if np.linalg.matrix_rank(table) < table.shape[1]:
         raise ValueError("a column is constant or follows from the others; leave it out")
@@ -114,5 +131,7 @@ def logistic_slope(
         b = b + step
         if np.abs(step).max() < 1e-10:
             break
-    error = math.sqrt(np.linalg.inv(hessian)[1, 1])
-    return float(b[1]), float(b[1] - 1.959964 * error), float(b[1] + 1.959964 * error)
+    else:
+        raise ValueError(f"no maximum within {steps} steps; take more questions, or more steps")
+    slope, error = b[1] / scale[0], math.sqrt(np.linalg.inv(hessian)[1, 1]) / scale[0]
+    return float(slope), float(slope - 1.959964 * error), float(slope + 1.959964 * error)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...core.bytes import byte_view
+from ...core.trace import byte_offsets
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,17 @@ def features(question: Any, tokenizer: Any, where: str = "bare") -> Cut:
         raise ValueError(f"where={where!r} is not one of bare, question")
     word, gold = question.word, int(question.answer)
     text = word if where == "bare" else question.question
-    start = 0 if where == "bare" else text.rindex(f"'{word}'") + 1
-    lengths, at = [], 0
-    for piece in byte_view(tokenizer).pieces_of_text(text)[1]:
-        inside = min(at + len(piece), start + len(word)) - max(at, start)  # ASCII up to the word: bytes are letters
+    first = 0 if where == "bare" else text.rindex(f"'{word}'") + 1
+    begins = byte_offsets(text)  # places are characters, tokens are bytes: a token has the letters that begin in it
+    start, end = begins[first], begins[first + len(word)]
+    view, lengths, at, known = byte_view(tokenizer), [], 0, True
+    for token, piece in zip(*view.pieces_of_text(text), strict=True):
+        a, b = max(at, start), min(at + len(piece), end)
         at += len(piece)
-        if inside > 0:
-            lengths.append(inside)
-    spells = sum(lengths) == len(word)
+        if a < b:
+            lengths.append(sum(a <= begin < b for begin in begins))
+            known = known and token not in view.special_ids  # the unknown token stands for the word, and spells nothing
+    spells = known and sum(lengths) == len(word)
     target = None
     if spells and question.task.startswith("find"):
         place = 0
