@@ -14,6 +14,7 @@ from ..core.bytes import ByteView
 from ..core.head import Head
 from ..core.lm import LM
 from ..core.packing import evaluating
+from ..core.rollout import decoding
 
 Replace = Callable[[int, np.random.Generator], Tensor]
 """(B, generator) -> ids (B, t): a replacement for every position of every probe."""
@@ -105,7 +106,7 @@ def _pools(view: ByteView, vocabulary: int, kind: Callable[[bytes], str]) -> tup
 def inferential(lm: LM, ids: tuple[int, ...]) -> Replace:
     """What the model itself expects at each place after what stands before it, special tokens left out; the first
     token is kept. Where that is the token itself, its second choice."""
-    with lm.active() as causal, evaluating(causal):
+    with lm.active() as causal, evaluating(causal), decoding(causal):
         hidden = causal.base_model(input_ids=torch.tensor([ids], device=lm.device), use_cache=False).last_hidden_state
         head = Head(causal)
         logits = head(hidden[0, :-1]).cpu()
@@ -187,7 +188,7 @@ def soft_faithfulness(
         raise ValueError(f"{len(weights)} scores for {len(ids)} tokens; give one each, 0 or more")
     if rescale and weights.max() > 0:
         weights = weights / weights.max()
-    with lm.active() as causal, evaluating(causal):
+    with lm.active() as causal, evaluating(causal), decoding(causal):
         embedded = causal.get_input_embeddings()(torch.tensor([list(ids)], device=lm.device))
 
         def predicted(embeddings: Tensor) -> Tensor:
