@@ -131,13 +131,13 @@ def _tensors(signals: Sequence[Signals], device: torch.device) -> list[tuple[Ten
 
 
 def _batch(texts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-    device = texts[0][0].device
     metrics = nn.utils.rnn.pad_sequence([m for m, _ in texts], batch_first=True)
-    lengths = torch.tensor([len(m) for m, _ in texts], device=device)
-    i = torch.arange(metrics.shape[1], device=device)
-    places = [i[: len(m), None] / POSITIONS for m, _ in texts]
-    states = [torch.cat([h[:-1], h[1:], p], 1) for (_, h), p in zip(texts, places, strict=True)]
-    return metrics, nn.utils.rnn.pad_sequence(states, batch_first=True), i < lengths[:, None]
+    hidden = nn.utils.rnn.pad_sequence([h for _, h in texts], batch_first=True)
+    i = torch.arange(metrics.shape[1], device=metrics.device)
+    mask = i < torch.tensor([len(m) for m, _ in texts], device=metrics.device)[:, None]
+    places = (i / POSITIONS).expand(len(texts), -1)[..., None]
+    states = torch.cat([hidden[:, :-1], hidden[:, 1:], places], 2)
+    return metrics, torch.where(mask[..., None], states, 0.0), mask
 
 
 def fit_pawn(
