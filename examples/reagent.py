@@ -325,11 +325,10 @@ def main(options: Options) -> None:
         checks["at most 70 forwards of batch 4"] = forwards <= 70
     for check, good in checks.items():
         print(f"{'reached' if good else 'MISSED ':<8} {check}", flush=True)
-    told = []
-    if options.rationales:
-        told = rationales(lm, options.rationales, steps, {"reagent": {}, **remedies})
-        done("rationales")
-    if options.save:
+
+    def keep(told: list[dict[str, Any]]) -> None:
+        if not options.save:
+            return
         n = len(last)
         draws = np.random.default_rng(0).integers(0, n, (2000, n))
         low, high = np.quantile((last[draws] == 1).mean(1), [0.025, 0.975]).tolist()
@@ -366,6 +365,12 @@ def main(options: Options) -> None:
             + [{"metric": f"first run (20 prompts, 60 steps): cue {k}", "value": v} for k, v in FIRST.items()]
             + told,
         )
+
+    keep([])  # the rationales take a while
+    if options.rationales:
+        told = rationales(lm, options.rationales, steps, {"reagent": {}, **remedies})
+        done("rationales")
+        keep(told)
 
 
 if __name__ == "__main__":

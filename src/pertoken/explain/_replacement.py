@@ -77,13 +77,12 @@ def _of_pools(kind: Callable[[bytes], str]) -> Callable[[LM, tuple[int, ...]], R
         for i in ids:
             pool = pools.get(kind(lm.view.piece(i)), every)
             pool = pool if len(pool) > 1 or (len(pool) and pool[0] != i) else every
-            own.append(pool)
+            at = int(np.searchsorted(pool, i))
+            own.append((pool, at, at < len(pool) and bool(pool[at] == i)))
 
         def replace(n: int, rng: np.random.Generator) -> Tensor:
             out = np.empty((n, len(ids)), np.int64)
-            for place, (i, pool) in enumerate(zip(ids, own, strict=True)):
-                at = int(np.searchsorted(pool, i))
-                inside = at < len(pool) and pool[at] == i
+            for place, (pool, at, inside) in enumerate(own):
                 drawn = rng.integers(0, len(pool) - inside, n)
                 out[:, place] = pool[drawn + (inside & (drawn >= at))]
             return torch.from_numpy(out)
