@@ -9,7 +9,7 @@ points above it and 3 above the empty prompt, at equal search evaluations (the i
 random subset that is larger by as many evaluations). Also: the top tenth of tokens holds more than 26 % of |Delta|.
 
     python examples/claps.py           about six minutes on one core
-    python examples/claps.py --full    2,000 clusters, 5 tokens
+    python examples/claps.py --full    2,000 clusters, 5 tokens (for a GPU)
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,13 +69,19 @@ def task(rows: list[tuple[str, int]]) -> Task:
 def main(options: Options) -> None:
     """Run it and print the table."""
     k, length = (2000, 5) if options.full else (options.clusters, options.length)
-    lm, every = load("smollm2", template="plain"), sentences()
+    begin = time.monotonic()
+
+    def done(what: str) -> None:
+        print(f"  [{time.monotonic() - begin:.0f} s: {what}]", flush=True)
+
+    lm, every = load("smollm2", template="plain", attention="sdpa"), sentences()
     order = np.random.default_rng(0).permutation(len(every))
     judged = Asked(lm, task([every[i] for i in order[: options.test]]))
     pool = [every[i] for i in order[options.test :]]
     method = ClaPS(clusters=k, percentile=90, length=length)
     tokens = clustered(lm, word_starts(lm), k)
     print(f"{len(tokens)} clustered tokens; {options.test} test sentences", flush=True)
+    done("clustered")
     prompts: dict[str, list[tuple[int, ...]]] = {"pruned": [], "random": [], "random, larger": []}
     shares = []
     for seed in options.seeds:
@@ -86,6 +93,7 @@ def main(options: Options) -> None:
         shares.append(concentration(delta))
         kept = [tokens[i] for i in prune(delta, 90)]
         influence = asked.evaluations
+        done(f"seed {seed}, influences")
         drawn = rng.permutation(tokens).tolist()
         more = len(kept) + influence // length
         sets = {"pruned": kept, "random": drawn[: len(kept)], "random, larger": drawn[:more]}
@@ -96,8 +104,10 @@ def main(options: Options) -> None:
             spent = f"{outcome.evaluations} + {influence if name == 'pruned' else 0} evaluations"
             told = f"seed {seed}, {name:<15}{len(some):>4} tokens, {spent}: {outcome.text!r}"
             print(f"{told}  R {outcome.reward:.4f}", flush=True)
+        done(f"seed {seed}")
     every_prompt = [(), *(p for some in prompts.values() for p in some)]
     judged.logits(every_prompt)  # together: the sentences are computed once
+    done("test sentences")
     pair = lambda p: (float(judged.accuracy([p])[0]), float(judged.log_likelihood([p])[0]))
     empty, found = pair(()), {name: [pair(p) for p in some] for name, some in prompts.items()}
     print(f"empty prompt: accuracy {empty[0]:.3f}, log-likelihood {empty[1]:.4f}")

@@ -1,35 +1,52 @@
-"""Does ReAGent find the token that an answer was copied from? Planted cues, SmolLM2.
+"""Does ReAGent find the token that an answer was copied from? Planted cues, SmolLM2; human rationales of LAMBADA.
 
 Prompts say a code word once, then something else, then ask: "... the code is X. ... the code is". The target is the
 model's own greedy token, which must be X, one token, with p0 >= 0.2; others are skipped and counted. The last 6 tokens
 (the closing clause) are held fixed and not ranked. B = 4 probes, ratio 0.3, uniform replacements, no stop test, 60
 steps. Bound, 20 prompts: the cue first in at least 50 % and among the first three in at least 80 % of the free tokens;
-mean Soft-NC above random scores and above last-layer attention; at most 70 forwards of batch 4 a target.
+mean Soft-NC above random scores and above last-layer attention; at most 70 forwards of batch 4 a target. On a GPU
+(``--full``) 60 prompts and 200 steps, whose forwards are printed and not bounded.
 
 Soft-NC grows with the sum of the scores, whatever they say, so scores are compared that sum to 1 over the free tokens
 (as the authors' evaluation does: a softmax of noise is their random). Divided by their maximum, as softmax scores
 shrink with t, they are printed too: there random scores, which are all but even, remove most of every token.
 
-Also printed: the rank of the cue after 20, 40 and 60 steps, with 3 tokens held and with none. Remedies (REMEDIES) are
-to be chosen on the development prompts (other frames, other words); none was measured yet.
+Also printed: the rank of the cue after fewer steps, with 3 tokens held and with none.
 
-Missed in part: after 60 steps the cue is first in 0.30 and in the top 3 in 0.55 of 20 prompts (bounds 0.50 and 0.80);
-Soft-NC is above both rivals (0.28; random 0.15, attention 0.23), with 61 forwards. An earlier run held 3 tokens of the
-clause, not 6, and compared scores of unequal sums: 0.40, 0.65, Soft-NC 0.51 against 0.53 of random scores. Ranks get
-better with steps (first in 0.15, 0.25, 0.30 after 20, 40, 60), so that 60 steps of 4 probes look like too few, which
-"240 steps" would tell. It seems no bug of the arithmetic: converged scores of a small model rank as inseq's do, with
-correlations of 0.92 to 0.96 (`benchmarks/explain.py`).
+Remedies (REMEDIES). The rule, written before any was measured: `--choose` measures the default and each remedy on the
+development prompts (other frames, other words) and takes the one with the largest sum of both shares (first, top 3);
+equal ones: the earlier in the list, the default before all. "240 steps" is shown and never chosen, as it costs four
+times the forwards. The chosen one is then measured beside the default, once, on the prompts of the bound, which is
+judged by the default.
+
+`--rationales` asks whether scores agree with what people marked (PERTOKEN_DATA: rationales, 107 contexts of LAMBADA;
+the target is the first token of the last word): AUROC and average precision of the tokens inside the marked words,
+beside random scores, last-layer attention, the gradient's norm by a token's embedding, and plain nearness to the end;
+for all texts, and for those where p0 >= 0.1. No bound.
+
+Missed in part at first: after 60 steps the cue is first in 0.30 and in the top 3 in 0.55 of 20 prompts (bounds 0.50 and
+0.80); Soft-NC is above both rivals (0.28; random 0.15, attention 0.23), with 61 forwards. An earlier run held 3 tokens
+of the clause, not 6, and compared scores of unequal sums: 0.40, 0.65, Soft-NC 0.51 against 0.53 of random scores. Ranks
+get better with steps (first in 0.15, 0.25, 0.30 after 20, 40, 60), so that 60 steps of 4 probes look like too few. It
+seems no bug of the arithmetic: converged scores of a small model rank as inseq's do, with correlations of 0.92 to 0.96
+(`benchmarks/explain.py`).
 
     python examples/reagent.py           20 prompts (five minutes on one core)
-    python examples/reagent.py --split dev --n 8 --remedies "ratio 0.1" "shape" "inferential"
+    python examples/reagent.py --choose --dev 8                  remedies, too (twenty minutes on one core)
+    python examples/reagent.py --full --choose --rationales 107  the whole of it, on a GPU
     python examples/reagent.py --n 4     a look
 """
 
 from __future__ import annotations
 
+import gzip
+import json
 import math
+import os
+import time
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,6 +55,7 @@ from tqdm import tqdm
 
 from pertoken.core.lm import LM, load
 from pertoken.core.packing import evaluating
+from pertoken.explain._detection import auroc
 from pertoken.explain._replacement import soft_faithfulness
 from pertoken.explain.reagent import ReAGent, Stop
 from pertoken.results import save_result
@@ -51,12 +69,18 @@ FRAMES = (
     "Today the code is {0}. It rained a lot. So the code is",
     "He said the code is {0}. Nobody spoke then. Remember, the code is",
 )
+MORE_WORDS = (
+    "table water fire music doctor letter school coat bird ring gold iron snow sugar salt milk corn shirt shoe boat "
+    "train wheel clock lamp brush knife spoon box door wall"
+).split()
 OTHER_WORDS = (
-    "coffee monkey window flower island rabbit violin cotton copper tomato ladder market ocean planet carpet basket"
+    "coffee monkey window flower island rabbit violin cotton copper tomato ladder market ocean planet carpet basket "
+    "honey rice wood sand tree leaf road field hill lake moon star tower phone"
 ).split()
 OTHER_FRAMES = (
     "Please note: the code is {0}. Our train was late. Once more, the code is",
     "She wrote that the code is {0}. Then they had tea. Yes, the code is",
+    "Attention, the code is {0}. The shop was closed. I repeat, the code is",
 )
 HELD = 6
 """Tokens of the closing clause."""
@@ -65,8 +89,10 @@ REMEDIES: dict[str, dict[str, Any]] = {
     "ratio 0.1": {"ratio": 0.1},
     "shape": {"sampler": "shape"},
     "inferential": {"sampler": "inferential"},
+    "inferential, ratio 0.1": {"sampler": "inferential", "ratio": 0.1},
     "240 steps": {"max_steps": 240},
 }
+FIRST = {"first": 0.30, "in the top 3": 0.55}  # shares of the first run: 20 prompts, 60 steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,10 +104,14 @@ class Options:
     steps: int = 60
     least: float = 0.2
     """p0 that a prompt must have."""
-    split: Literal["test", "dev"] = "test"
-    """The prompts of the bound, or those that remedies are chosen on."""
-    remedies: tuple[str, ...] = ()
-    """Which of REMEDIES to measure, too."""
+    full: bool = False
+    """60 prompts, 200 steps."""
+    choose: bool = False
+    """Choose among REMEDIES on development prompts, and measure the chosen one beside the default."""
+    dev: int = 40
+    """Development prompts."""
+    rationales: int = 0
+    """Texts of LAMBADA with human rationales (there are 107)."""
     free: int = 6
     """Prompts that are also run with three tokens held, and with none."""
     save: bool = False
@@ -91,7 +121,7 @@ class Options:
 @torch.no_grad()
 def next_token(lm: LM, ids: tuple[int, ...]) -> torch.Tensor:
     """Probabilities (V,)."""
-    return lm.causal(torch.tensor([ids])).logits[0, -1].float().softmax(-1)
+    return lm.causal(torch.tensor([ids], device=lm.device)).logits[0, -1].float().softmax(-1).cpu()
 
 
 @torch.no_grad()
@@ -101,17 +131,25 @@ def attention(lm: LM, ids: tuple[int, ...]) -> np.ndarray:
     lm.causal.set_attn_implementation("eager")
     try:
         with evaluating(lm.causal):
-            found = lm.causal(torch.tensor([ids]), output_attentions=True).attentions[-1]
+            found = lm.causal(torch.tensor([ids], device=lm.device), output_attentions=True).attentions[-1]
     finally:
         lm.causal.set_attn_implementation(was)
-    return found[0].mean(0)[-1].double().numpy()
+    return found[0].mean(0)[-1].double().cpu().numpy()
 
 
-def prompts(lm: LM, options: Options) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Prompts whose greedy next token is their cue, and why others were skipped."""
+def gradient_norm(lm: LM, ids: tuple[int, ...], target: int) -> np.ndarray:
+    """Length of the gradient of log p(target) by each token's embedding, (t,)."""
+    embedded = lm.causal.get_input_embeddings()(torch.tensor([ids], device=lm.device)).detach().requires_grad_()
+    with evaluating(lm.causal):
+        logp = lm.causal(inputs_embeds=embedded, use_cache=False).logits[0, -1].float().log_softmax(-1)[target]
+    (gradient,) = torch.autograd.grad(logp, embedded)
+    return gradient[0].norm(dim=1).double().cpu().numpy()
+
+
+def prompts(lm: LM, words: list[str], frames: tuple[str, ...], least: float) -> tuple[list[Any], dict[str, int]]:
+    """Prompts whose greedy next token is their cue, in a seeded order, and why others were skipped."""
     out: list[dict[str, Any]] = []
     skipped = {"the cue is not one token": 0, "the greedy token is another": 0, "p0 too low": 0}
-    words, frames = (WORDS, FRAMES) if options.split == "test" else (OTHER_WORDS, OTHER_FRAMES)
     for word in words:
         for frame in frames:
             ids, pieces = lm.encode_completion(frame.format(word), ended=False)
@@ -122,12 +160,90 @@ def prompts(lm: LM, options: Options) -> tuple[list[dict[str, Any]], dict[str, i
             p = next_token(lm, ids)
             if int(p.argmax()) != cue[0]:
                 skipped["the greedy token is another"] += 1
-            elif p[cue[0]] < options.least:
+            elif p[cue[0]] < least:
                 skipped["p0 too low"] += 1
             else:
                 out.append({"ids": ids, "cue": ids.index(cue[0]), "target": cue[0], "p0": float(p[cue[0]])})
-    order = np.random.default_rng(0).permutation(len(out))[: options.n]
-    return [out[i] for i in order], skipped
+    return [out[i] for i in np.random.default_rng(0).permutation(len(out))], skipped
+
+
+def method(steps: int, number: int, how: dict[str, Any], held: int = HELD) -> ReAGent:
+    """ReAGent of one prompt."""
+    common: dict[str, Any] = PLAIN | {"probes": 4, "max_steps": steps, "stop": Stop(among=0), "seed": number}
+    return ReAGent(**common | how, fixed=tuple(range(-held, 0)))
+
+
+def chosen(lm: LM, options: Options, steps: int) -> tuple[str, dict[str, list[int]]]:
+    """The configuration that the rule takes on the development prompts, and the ranks of all."""
+    some = prompts(lm, OTHER_WORDS, OTHER_FRAMES, options.least)[0][: options.dev]
+    table: dict[str, list[int]] = {}
+    for name, how in {"default": {}, **REMEDIES}.items():
+        if options.full and "max_steps" in how:
+            continue
+        table[name] = [
+            rank(method(steps, number, how).attribute(lm, p["ids"], p["target"])["scores"], p["cue"])
+            for number, p in enumerate(some)
+        ]
+        r = np.array(table[name])
+        print(f"development, {len(r)} prompts: {name:<24}{(r == 1).mean():>6.2f}{(r <= 3).mean():>6.2f}", flush=True)
+    allowed = [name for name in table if "max_steps" not in REMEDIES.get(name, {})]
+    return max(allowed, key=lambda n: sum((np.array(table[n]) <= top).mean() for top in (1, 3))), table
+
+
+def average_precision(score: np.ndarray, marked: np.ndarray) -> float:
+    """Mean over marked tokens of the share of marked ones among those at least as high."""
+    order = np.argsort(-score, kind="stable")
+    hit = marked[order]
+    return float((np.cumsum(hit) / np.arange(1, len(hit) + 1))[hit].mean())
+
+
+def rationales(lm: LM, n: int, steps: int, hows: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Agreement with the words that people marked: rows for the result, and prints.
+
+    Raises:
+        ValueError: PERTOKEN_DATA is not set.
+    """
+    folder = os.environ.get("PERTOKEN_DATA")
+    if not folder:
+        raise ValueError("set PERTOKEN_DATA to the folder that holds rationales/lambada.jsonl.gz")
+    with gzip.open(Path(folder) / "rationales" / "lambada.jsonl.gz", "rt", encoding="utf8") as lines:
+        texts = [json.loads(line) for line in lines][:n]
+    found: dict[str, list[tuple[float, float]]] = {}
+    likely, skipped = [], 0
+    for number, row in enumerate(tqdm(texts, unit="text")):
+        before, word = row["text"].rstrip().rsplit(maxsplit=1)
+        # what stands before is encoded by itself, as the model is asked; the last word keeps its space
+        ids, pieces = lm.encode_completion(before, ended=False)
+        target = lm.encode_completion(f" {word}", ended=False)[0][0]
+        spans = [[len(row["text"][:end].encode()) for end in span] for span in row["rationale"]]
+        ends = np.cumsum([len(p) for p in pieces])
+        starts = ends - [len(p) for p in pieces]
+        marked = np.array([any(a < e and s < b for a, b in spans) for s, e in zip(starts, ends, strict=True)])
+        if not marked.any() or marked.all():
+            skipped += 1
+            continue
+        likely.append(float(next_token(lm, ids)[target]) >= 0.1)
+        scores = {n: method(steps, number, h, held=0).attribute(lm, ids, target)["scores"] for n, h in hows.items()}
+        scores["random"] = np.random.default_rng([3, number]).random(len(ids))
+        scores["attention"] = attention(lm, ids)
+        scores["gradient norm"] = gradient_norm(lm, ids, target)
+        scores["nearness to the end"] = np.arange(len(ids), dtype=np.float64)
+        for name, values in scores.items():
+            found.setdefault(name, []).append((auroc(values, marked), average_precision(values, marked)))
+    out, sure = [], np.array(likely, bool)
+    for which, of in ((f"all {len(sure)} texts", np.ones(len(sure), bool)), (f"{sure.sum()} texts of p0 >= 0.1", sure)):
+        if not of.any():
+            continue
+        draws = np.random.default_rng(0).integers(0, int(of.sum()), (2000, int(of.sum())))
+        print(f"human rationales, {which} ({skipped} without a marked token before the target)")
+        for name, values in found.items():
+            for k, metric in enumerate(("AUROC", "average precision")):
+                v = np.array(values)[of, k]
+                low, high = np.quantile(v[draws].mean(1), [0.025, 0.975]).tolist()
+                print(f"  {name:<28}{metric:<18}{v.mean():.3f} [{low:.3f}, {high:.3f}]", flush=True)
+                out.append({"metric": f"human rationales, {which}: {metric}, {name}", "value": float(v.mean())})
+                out[-1]["interval"] = [low, high]
+    return out
 
 
 def rank(scores: np.ndarray, cue: int) -> int:
@@ -142,33 +258,43 @@ def faithfulness(lm: LM, ids: tuple[int, ...], scores: np.ndarray, seed: list[in
 
 def main(options: Options) -> None:
     """Run it and print the table."""
-    lm = load("smollm2", template="plain")
-    some, skipped = prompts(lm, options)
-    print(f"{len(some)} prompts; skipped: {skipped}")
+    begin = time.monotonic()
+
+    def done(what: str) -> None:
+        print(f"  [{time.monotonic() - begin:.0f} s: {what}]", flush=True)
+
+    lm = load("smollm2", template="plain", attention="sdpa")
+    n, steps = (60, 200) if options.full else (options.n, options.steps)
+    some, skipped = prompts(lm, WORDS, FRAMES, options.least)
+    if options.full:
+        more, more_skipped = prompts(lm, MORE_WORDS, FRAMES, options.least)
+        some, skipped = some + more, {why: k + more_skipped[why] for why, k in skipped.items()}
+    some = some[:n]
+    print(f"{len(some)} prompts; skipped: {skipped}", flush=True)
+    best, tried = chosen(lm, options, steps) if options.choose else ("default", {})
+    if options.choose:
+        done(f"chosen on the development prompts: {best}")
+    remedies = {best: REMEDIES[best]} if best != "default" else {}
     ranks: dict[str, list[int]] = {}
     metrics: dict[str, dict[str, list[float]]] = {"sum 1": {}, "maximum 1": {}}
     rows, undefined, frees = 0, 0, []
     for number, prompt in enumerate(tqdm(some, unit="prompt")):
         ids, cue, target = prompt["ids"], prompt["cue"], prompt["target"]
-        held = tuple(range(-HELD, 0))
-        common: dict[str, Any] = PLAIN | {"probes": 4, "max_steps": options.steps, "stop": Stop(among=0)}
-        common |= {"seed": number}
 
         def watch(step: int, scores: torch.Tensor, cue: int = cue) -> None:
-            if step in (20, 40, options.steps):
+            if step in (20, 40, 60, 100, steps):
                 values = scores[:, :-HELD].softmax(1).mean(0).numpy()
                 ranks.setdefault(f"{step} steps", []).append(rank(values, cue))
 
-        found = ReAGent(**common, fixed=held).attribute(lm, ids, target, watch=watch)
+        found = method(steps, number, {}).attribute(lm, ids, target, watch=watch)
         rows, scores = max(rows, found["rows"]), found["scores"]
         free = scores > 0
         frees.append(int(free.sum()))
         noise = np.exp(np.random.default_rng([1, number]).random(len(ids)))
         rivals = {"reagent": scores, "random": noise * free, "attention": attention(lm, ids) * free}
-        for name, how in REMEDIES.items():
-            if name in options.remedies:
-                rivals[name] = ReAGent(**common | how, fixed=held).attribute(lm, ids, target)["scores"]
-                ranks.setdefault(name, []).append(rank(rivals[name], cue))
+        for name, how in remedies.items():
+            rivals[name] = method(steps, number, how).attribute(lm, ids, target)["scores"]
+            ranks.setdefault(name, []).append(rank(rivals[name], cue))
         for name, values in rivals.items():
             for scale, rescale in (("sum 1", False), ("maximum 1", True)):
                 nc = faithfulness(lm, ids, values / values.sum(), [2, number], rescale)
@@ -176,28 +302,33 @@ def main(options: Options) -> None:
                 metrics[scale].setdefault(name, []).append(nc)
         if number < options.free:
             for held_too in (3, 0):
-                other = ReAGent(**common, fixed=tuple(range(-held_too, 0))).attribute(lm, ids, target)["scores"]
+                other = method(steps, number, {}, held_too).attribute(lm, ids, target)["scores"]
                 ranks.setdefault(f"{held_too} held", []).append(rank(other, cue))
-    print(f"{'':<14}{'first':>8}{'top 3':>8}   ranks")
+    done("prompts of the bound")
+    print(f"{'':<24}{'first':>8}{'top 3':>8}   ranks")
     for name, values in ranks.items():
         r = np.array(values)
-        print(f"{name:<14}{(r == 1).mean():>8.2f}{(r <= 3).mean():>8.2f}   {values}")
+        print(f"{name:<24}{(r == 1).mean():>8.2f}{(r <= 3).mean():>8.2f}   {values}")
     table = {scale: {name: float(np.nanmean(v)) for name, v in of.items()} for scale, of in metrics.items()}
     for scale, of in table.items():
         print(f"Soft-NC, scores of {scale}: " + ", ".join(f"{name} {value:.4f}" for name, value in of.items()))
     forwards, nc = math.ceil(rows / 4), table["sum 1"]
     print(f"undefined {undefined}; forwards of batch 4 a target {forwards}; free tokens {np.mean(frees):.1f}")
-    last = np.array(ranks[f"{options.steps} steps"])
+    last = np.array(ranks[f"{steps} steps"])
     first, third = float((last == 1).mean()), float((last <= 3).mean())
     checks = {
         "cue first in at least 50 %": first >= 0.5,
         "cue in the top 3 in at least 80 %": third >= 0.8,
         "Soft-NC above random scores and attention": nc["reagent"] > max(nc["random"], nc["attention"]),
-        "at most 70 forwards of batch 4": forwards <= 70,
     }
+    if not options.full:
+        checks["at most 70 forwards of batch 4"] = forwards <= 70
     for check, good in checks.items():
-        print(f"{'reached' if good else 'MISSED ':<8} {check}")
-    if options.save:
+        print(f"{'reached' if good else 'MISSED ':<8} {check}", flush=True)
+
+    def keep(told: list[dict[str, Any]]) -> None:
+        if not options.save:
+            return
         n = len(last)
         draws = np.random.default_rng(0).integers(0, n, (2000, n))
         low, high = np.quantile((last[draws] == 1).mean(1), [0.025, 0.975]).tolist()
@@ -210,9 +341,11 @@ def main(options: Options) -> None:
             baseline_value=float(np.mean([1 / f for f in frees])),
             bound="; ".join(checks),
             reached=all(checks.values()),
-            world=f"SmolLM2-135M-Instruct, {n} prompts with one planted code word, last {HELD} tokens fixed",
+            world=f"SmolLM2-135M-Instruct, {n} prompts with one planted code word, last {HELD} tokens fixed, "
+            f"{steps} steps",
             seeds=list(range(n)),
             notes=f"{forwards} forwards of batch 4; skipped: {skipped}; interval: bootstrap of prompts; "
+            + (f"chosen on the development prompts: {best}; " if options.choose else "")
             + "; ".join(f"{c}: {'yes' if g else 'no'}" for c, g in checks.items()),
             rows=[
                 {"metric": f"mean Soft-NC of scores of {scale}, {name}", "value": value}
@@ -223,8 +356,21 @@ def main(options: Options) -> None:
                 {"metric": f"cue {words}, {name} ({len(v)} prompts)", "value": float((np.array(v) <= top).mean())}
                 for name, v in ranks.items()
                 for words, top in (("first", 1), ("in the top 3", 3))
-            ],
+            ]
+            + [
+                {"metric": f"development: cue {words}, {name} ({len(v)} prompts)", "value": float(np.mean(found))}
+                for name, v in tried.items()
+                for words, found in (("first", np.array(v) == 1), ("in the top 3", np.array(v) <= 3))
+            ]
+            + [{"metric": f"first run (20 prompts, 60 steps): cue {k}", "value": v} for k, v in FIRST.items()]
+            + told,
         )
+
+    keep([])  # the rationales take a while
+    if options.rationales:
+        told = rationales(lm, options.rationales, steps, {"reagent": {}, **remedies})
+        done("rationales")
+        keep(told)
 
 
 if __name__ == "__main__":

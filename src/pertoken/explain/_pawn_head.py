@@ -121,19 +121,37 @@ class Training:
 
 def padded(signals: Sequence[Signals]) -> tuple[Tensor, Tensor, Tensor]:
     """Metrics, states and mask of texts, padded behind."""
-    metrics = nn.utils.rnn.pad_sequence([torch.from_numpy(s.metrics).float() for s in signals], batch_first=True)
-    places = [torch.arange(len(s.metrics))[:, None] / POSITIONS for s in signals]
-    states = [
-        torch.cat([torch.from_numpy(s.hidden[:-1]).float(), torch.from_numpy(s.hidden[1:]).float(), i], 1)
-        for s, i in zip(signals, places, strict=True)
-    ]
-    lengths = torch.tensor([len(s.metrics) for s in signals])
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]
-    return metrics, nn.utils.rnn.pad_sequence(states, batch_first=True), mask
+    return _batch(_tensors(signals, torch.device("cpu")))
 
 
-def fit_pawn(signals: Sequence[Signals], machine: Sequence[bool], how: Training | None = None, **head: Any) -> PAWNHead:
+def _tensors(signals: Sequence[Signals], device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """Metrics and states of each text, moved once."""
+    move = lambda a: torch.from_numpy(np.asarray(a, np.float32)).to(device)
+    return [(move(s.metrics), move(s.hidden)) for s in signals]
+
+
+def _batch(texts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    metrics = nn.utils.rnn.pad_sequence([m for m, _ in texts], batch_first=True)
+    hidden = nn.utils.rnn.pad_sequence([h for _, h in texts], batch_first=True)
+    i = torch.arange(metrics.shape[1], device=metrics.device)
+    mask = i < torch.tensor([len(m) for m, _ in texts], device=metrics.device)[:, None]
+    places = (i / POSITIONS).expand(len(texts), -1)[..., None]
+    states = torch.cat([hidden[:, :-1], hidden[:, 1:], places], 2)
+    return metrics, torch.where(mask[..., None], states, 0.0), mask
+
+
+def fit_pawn(
+    signals: Sequence[Signals],
+    machine: Sequence[bool],
+    how: Training | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    **head: Any,
+) -> PAWNHead:
     """Train a head on labelled texts' signals (AdamW, cosine, clipping at 1).
+
+    Args:
+        device: where it is trained, and stays; all signals are moved there at once.
 
     Raises:
         ValueError: not one label a text, one class only, or a text without a scored token.
@@ -144,17 +162,18 @@ def fit_pawn(signals: Sequence[Signals], machine: Sequence[bool], how: Training 
         raise ValueError(f"{len(labels)} labels for {len(signals)} texts: give one each, of both classes")
     if not all(len(s.metrics) for s in signals):
         raise ValueError("a text has no scored token; leave it out")
-    rng = np.random.default_rng(how.seed)
-    with torch.random.fork_rng(devices=[]):
+    rng, where = np.random.default_rng(how.seed), torch.device(device)
+    texts, labels = _tensors(signals, where), labels.to(where)
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if where.type == "cuda" else []):
         torch.manual_seed(how.seed)
-        model = PAWNHead(signals[0].hidden.shape[1], **head).train()
+        model = PAWNHead(signals[0].hidden.shape[1], **head).train().to(where)
         optimizer = torch.optim.AdamW(model.parameters(), lr=how.lr, weight_decay=how.weight_decay)
         batches = math.ceil(len(signals) / how.batch)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, how.epochs * batches)
         for _ in range(how.epochs):
             for rows in np.array_split(rng.permutation(len(signals)), batches):
-                logits, _ = model(*padded([signals[i] for i in rows]))
-                pawn_loss(logits, labels[rows], how.smoothing, how.w_pos).backward()
+                logits, _ = model(*_batch([texts[i] for i in rows]))
+                pawn_loss(logits, labels[torch.from_numpy(rows).to(where)], how.smoothing, how.w_pos).backward()
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
@@ -166,11 +185,11 @@ def fit_pawn(signals: Sequence[Signals], machine: Sequence[bool], how: Training 
 def judge(head: PAWNHead, signals: Sequence[Signals], batch: int = 64) -> tuple[np.ndarray, list[np.ndarray]]:
     """Logits (N,), NaN for a text without a scored token, and each text's token weights (T,)."""
     logits, weights = np.full(len(signals), np.nan), [np.zeros(len(s.metrics)) for s in signals]
-    scored = [i for i, s in enumerate(signals) if len(s.metrics)]
+    scored, device = [i for i, s in enumerate(signals) if len(s.metrics)], next(head.parameters()).device
     for start in range(0, len(scored), batch):
         rows = scored[start : start + batch]
-        found, a = head.eval()(*padded([signals[i] for i in rows]))
-        for row, logit, w in zip(rows, found.tolist(), a, strict=True):
+        found, a = head.eval()(*_batch(_tensors([signals[i] for i in rows], device)))
+        for row, logit, w in zip(rows, found.tolist(), a.cpu(), strict=True):
             logits[row], weights[row] = logit, w[: len(weights[row])].double().numpy()
     return logits, weights
 
@@ -181,7 +200,7 @@ def save_head(head: PAWNHead, folder: str | Path, lm: LM) -> Path:
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in head.state_dict().items()}, folder / "pawn.safetensors")
+    save_file({k: v.cpu().contiguous() for k, v in head.state_dict().items()}, folder / "pawn.safetensors")
     hidden = (
         (head.states if head.branch == "hidden" else head.gate).first.in_features // 2
         if head.branch != "metrics"

@@ -6,7 +6,7 @@ The text stands first and is computed once; prompts and the closing words are sh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -78,12 +78,15 @@ class Asked:
     def logits(self, prompts: Sequence[Prompt]) -> np.ndarray:
         """Next-token logits of the verbalizers: (prompts, examples, classes), float64."""
         new = [p for p in dict.fromkeys(map(tuple, prompts)) if p not in self._known]
+        most = 4096 if self.lm.device.type == "cpu" else 16384
         for start in range(0, len(new), 64):
             part = new[start : start + 64]
+            ends = [(p + self.suffix, self.lm.view.pieces(p + self.suffix)) for p in part]
+            texts = [self.lm.trace_of_ids(prefix, ()) for prefix in self.prefixes]
             traces = [
-                self.lm.trace_of_ids(prefix, p + self.suffix) for prefix in self.prefixes for p in part
+                replace(text, completion_ids=ids, completion_pieces=pieces) for text in texts for ids, pieces in ends
             ]  # of one text together: the packer computes it once
-            found = completions_stats(self.lm, traces, frozenset({"hidden_end"}))
+            found = completions_stats(self.lm, traces, frozenset({"hidden_end"}), max_tokens=most)
             hidden = torch.from_numpy(np.stack([f["hidden_end"] for f in found]))
             with self.lm.active() as causal, torch.no_grad():
                 head = Head(causal)

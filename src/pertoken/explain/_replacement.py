@@ -14,6 +14,7 @@ from ..core.bytes import ByteView
 from ..core.head import Head
 from ..core.lm import LM
 from ..core.packing import evaluating
+from ..core.rollout import decoding
 
 Replace = Callable[[int, np.random.Generator], Tensor]
 """(B, generator) -> ids (B, t): a replacement for every position of every probe."""
@@ -76,13 +77,12 @@ def _of_pools(kind: Callable[[bytes], str]) -> Callable[[LM, tuple[int, ...]], R
         for i in ids:
             pool = pools.get(kind(lm.view.piece(i)), every)
             pool = pool if len(pool) > 1 or (len(pool) and pool[0] != i) else every
-            own.append(pool)
+            at = int(np.searchsorted(pool, i))
+            own.append((pool, at, at < len(pool) and bool(pool[at] == i)))
 
         def replace(n: int, rng: np.random.Generator) -> Tensor:
             out = np.empty((n, len(ids)), np.int64)
-            for place, (i, pool) in enumerate(zip(ids, own, strict=True)):
-                at = int(np.searchsorted(pool, i))
-                inside = at < len(pool) and pool[at] == i
+            for place, (pool, at, inside) in enumerate(own):
                 drawn = rng.integers(0, len(pool) - inside, n)
                 out[:, place] = pool[drawn + (inside & (drawn >= at))]
             return torch.from_numpy(out)
@@ -105,7 +105,7 @@ def _pools(view: ByteView, vocabulary: int, kind: Callable[[bytes], str]) -> tup
 def inferential(lm: LM, ids: tuple[int, ...]) -> Replace:
     """What the model itself expects at each place after what stands before it, special tokens left out; the first
     token is kept. Where that is the token itself, its second choice."""
-    with lm.active() as causal, evaluating(causal):
+    with lm.active() as causal, evaluating(causal), decoding(causal):
         hidden = causal.base_model(input_ids=torch.tensor([ids], device=lm.device), use_cache=False).last_hidden_state
         head = Head(causal)
         logits = head(hidden[0, :-1]).cpu()
@@ -187,7 +187,7 @@ def soft_faithfulness(
         raise ValueError(f"{len(weights)} scores for {len(ids)} tokens; give one each, 0 or more")
     if rescale and weights.max() > 0:
         weights = weights / weights.max()
-    with lm.active() as causal, evaluating(causal):
+    with lm.active() as causal, evaluating(causal), decoding(causal):
         embedded = causal.get_input_embeddings()(torch.tensor([list(ids)], device=lm.device))
 
         def predicted(embeddings: Tensor) -> Tensor:
