@@ -53,7 +53,8 @@ def fit(
     rows: token ids with <bos> = 1 first and <eos> = 2 last (0 is <pad>). size: arguments of LlamaConfig. learning_rate:
     peak of the schedule (5 % warm-up, then cosine to 0) of AdamW. start: a model to go on from. unscored: of each row,
     so many first tokens have no loss (a question), or those that are True. The weights are a function of the arguments
-    on one machine and thread count; no global random state is read or changed.
+    on one machine and thread count; no global random state is read or changed. Trained on the GPU where there is one;
+    the model comes back where `start` was, else on the CPU.
     """
     import torch
     from rich.console import Console
@@ -74,6 +75,8 @@ def fit(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = LlamaForCausalLM(LlamaConfig(**size, pad_token_id=0, bos_token_id=1, eos_token_id=2)).float()
+    home, device = next(model.parameters()).device, "cuda" if torch.cuda.is_available() else "cpu"
+    model = model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     model.train()
     for step in track(range(steps), description, console=Console(stderr=True), disable=not progress):
@@ -82,6 +85,7 @@ def fit(
         part = slice(order[step] * batch, (order[step] + 1) * batch)
         ids_BT = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows[part]], batch_first=True)
         asked_BT = torch.nn.utils.rnn.pad_sequence(masks[part], batch_first=True)
+        ids_BT, asked_BT = ids_BT.to(device), asked_BT.to(device)
         labels_BT = ids_BT.masked_fill(asked_BT, 0)[:, 1:]
         logits_BTV = model(input_ids=ids_BT[:, :-1], use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), labels_BT.flatten(), ignore_index=0)
@@ -89,4 +93,4 @@ def fit(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    return model.eval()
+    return model.to(home).eval()
