@@ -306,6 +306,7 @@ def remedied(options: Options, worlds: Sequence[World]) -> list[dict[str, Any]]:
 
 def main(options: Options) -> None:
     """Run it and print the table."""
+    started = time.perf_counter()
     worlds = [world(seed, options.full) for seed in options.seeds]
     runs = [measure(here) for here in worlds]
     names = list(runs[0]["standings"])
@@ -333,8 +334,10 @@ def main(options: Options) -> None:
     }
     for check, good in checks.items():
         print(f"{'reached' if good else 'MISSED ':<8} {check}", flush=True)
-    tried_rows = remedied(options, worlds) if options.remedies else []
-    if options.save:
+
+    def save(more: list[dict[str, Any]]) -> None:
+        if not options.save:
+            return
         each = [100 * r["standings"]["learned quantile"].area for r in runs]
         rows = [n for n in names if n not in ("learned quantile", "sum logp")]
         save_result(
@@ -368,8 +371,13 @@ def main(options: Options) -> None:
                     "baseline_value": mean("average logp", "oracle_share"),
                 }
             ]
-            + tried_rows,
+            + more,
         )
+
+    save([])  # before the remedies, which take as long again
+    if options.remedies:
+        save(remedied(options, worlds))
+    print(f"all: {time.perf_counter() - started:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
