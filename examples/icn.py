@@ -75,7 +75,7 @@ from pertoken.worlds.closed_sets import DEVELOPMENT, GIVEN, SETS, members, name_
 
 MOST, CLUSTERS, FIRST, TOKENS = 6, 256, 10, 100
 HOW = Sampling(max_new_tokens=MOST, temperature=0.0)
-PATHS, STEPS = 4, 80
+PATHS = 4
 FORMS: dict[str, tuple[str, str, bool]] = {
     "list": ("A list of {name}:", "\n", False),
     "different": ("A list of different {name}, none of them twice:", "\n", False),
@@ -160,6 +160,8 @@ class Options:
     """Measure the votes of chains of thought, too."""
     questions: int = 100
     """Word problems."""
+    steps: int = 80
+    """Tokens of a chain of thought."""
     save: bool = False
     """Write results/icn.json."""
 
@@ -322,15 +324,15 @@ def answers_of(lm: LM, asked: Sequence[tuple[int, ...]]) -> list[str | None]:
     return [f"{float(m.group().replace(',', '')):g}" if m else None for m in found]
 
 
-def chains(lm: LM, icn: ICN, asked: Sequence[str]) -> list[list[str | None]]:
+def chains(lm: LM, icn: ICN, asked: Sequence[str], steps: int) -> list[list[str | None]]:
     """What `self_consistency` finds, of all questions together: the answers of chains that begin with chosen tokens."""
-    start = [icn.context(lm, q, (), STEPS) for q in asked]
+    start = [icn.context(lm, q, (), steps) for q in asked]
     texts: list[list[str]] = [[] for _ in asked]
     probed: list[list[int]] = [[] for _ in asked]
     out: list[list[str | None]] = [[] for _ in asked]
-    guide, greedy = LMGuide(lm=lm), Sampling(temperature=0.0, max_new_tokens=STEPS - 1)
+    guide, greedy = LMGuide(lm=lm), Sampling(temperature=0.0, max_new_tokens=steps - 1)
     for _ in range(PATHS):
-        here = [icn.context(lm, q, t if icn.navigate else (), STEPS) for q, t in zip(asked, texts, strict=True)]
+        here = [icn.context(lm, q, t if icn.navigate else (), steps) for q, t in zip(asked, texts, strict=True)]
         for i in range(0, len(here), 32):
             said = guide.step(guide.start(here[i : i + 32]), None).cpu().numpy()
             for k, row in enumerate(said, i):
@@ -354,20 +356,22 @@ def voted(lm: LM, options: Options) -> list[dict[str, Any]]:
     ways = ICN(layout=replace(WAYS, head=""), chat=True, per_round=1, scan=100, longest=400)
     found: dict[str, list[list[list[str | None]]]] = {}
     for arm, icn in (("ICN", ways), ("likeliest first tokens", replace(ways, navigate=False))):
-        found[arm] = [chains(lm, icn, asked)]
+        found[arm] = [chains(lm, icn, asked, options.steps)]
         print(f"chains, {arm}: {time.perf_counter() - started:.0f} s", flush=True)
-    start = [ways.context(lm, q, (), STEPS) for q in asked]
+    start = [ways.context(lm, q, (), options.steps) for q in asked]
     for heat in (0.7, 1.0):
         found[f"temperature {heat:g}"] = []
         for seed in options.seeds:
-            rows = sample(lm, start, PATHS, Sampling(max_new_tokens=STEPS, temperature=heat), seed=seed, batch=64)
+            rows = sample(
+                lm, start, PATHS, Sampling(max_new_tokens=options.steps, temperature=heat), seed=seed, batch=64
+            )
             ids = [closed(lm, s, t.completion_ids) for s, row in zip(start, rows, strict=True) for t in row]
             flat = answers_of(lm, ids)
             found[f"temperature {heat:g}"].append([flat[i : i + PATHS] for i in range(0, len(flat), PATHS)])
         print(f"chains, temperature {heat:g}: {time.perf_counter() - started:.0f} s", flush=True)
-    for q, row in list(zip(asked, found["ICN"][0], strict=True))[:3]:
+    for q, row in list(zip(asked, found["ICN"][0], strict=True))[:2]:
         vote = self_consistency(
-            lm, q, ways, paths=PATHS, sampling=Sampling(temperature=0.0, max_new_tokens=STEPS)
+            lm, q, ways, paths=PATHS, sampling=Sampling(temperature=0.0, max_new_tokens=options.steps)
         ).answers
         print(f"self_consistency itself: {list(vote)}, here {row}", flush=True)
     rows, base = [], None
