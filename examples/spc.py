@@ -32,14 +32,17 @@ is trained on restaurants, still agrees on no more than 70 %. The further remedy
 prefixes of the sentences and as sharp, pleases itself likewise (90 %) and not the judge (55 %). SMC with the verifier
 as critic, at as many LM tokens, gets 70 %: no more than SPC as trained.
 
-Remedies (`--remedies`), for the verifier and for how hard it steers: verifiers that also learn from continuations of
-the LM itself (of openings that are neither DEV's nor TEST's: first words of sentences about films and products, and
-TRAIN), labelled by VADER's lexicon, positive against all others, or without the neutral ones; on prefixes; with an
-attention layer; averaged with the first verifier; sharper (8, 16); four look-ahead samples; look-ahead to the last
-token. They are compared on the openings DEV and MORE_DEV. The rule, written before they were run: the greatest least
-margin to the two bounds (base + 25; the better of best-of-5 by the remedy's own and by the first verifier + 5) at a
-perplexity of at most 1.3 times the base's; of equals the first. The chosen one is then measured once on the reported
-openings, beside best-of-5 and best-of-n by its own verifier. The main figure stays that of the setting as it was.
+Remedies (`--remedies`), for the verifier and for how hard it steers. What a linear head on the mean of embeddings is
+pleased with, token by token, is not what pleases the judge (best-of-5 stays within what the LM says). So: a deep
+verifier, logistic regression on the mean of what the LM's first ten layers make of the embeddings (still differentiable
+in them), alone and averaged with the first one; a verifier that also learns from continuations of the LM itself (of
+openings that are neither DEV's nor TEST's: first words of sentences about films and products, and TRAIN), labelled by
+VADER's lexicon, positive against all others, or without the neutral ones, or on prefixes; its second round, with
+labelled outputs of SPC itself; other sharpness; four look-ahead samples; look-ahead to the last token. They are
+compared on the openings DEV and MORE_DEV. The rule, written before they were run: the greatest least margin to the two
+bounds (base + 25; the better of best-of-5 by the remedy's own and by the first verifier + 5) at a perplexity of at most
+1.3 times the base's; of equals the first. The chosen one is then measured once on the reported openings, beside best-
+of-5 and best-of-n by its own verifier. The main figure stays that of the setting as it was.
 
     python examples/spc.py            three arms of SPC's rivals and two of its own (three minutes)
     python examples/spc.py --remedies --openings 40 --draws 4    with standard errors of a few points, on a GPU
@@ -49,6 +52,7 @@ openings, beside best-of-5 and best-of-n by its own verifier. The main figure st
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gzip
 import json
@@ -177,6 +181,8 @@ TEST = (
     "The vegetables on the side",
     "By the time we left, I",
 )
+LAYERS = 10
+"""Of the LM, which the deep verifier reads through."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +251,7 @@ class Judge:
         return self.model.predict(self.encoder(texts)) == 1
 
 
-def picked(lm: LM, verifier: Verifier | Both, rows: list[list[Trace]]) -> np.ndarray:
+def picked(lm: LM, verifier: Any, rows: list[list[Trace]]) -> np.ndarray:
     """Which of its traces the verifier likes best, by prompt."""
     words = [[[i for i in t.ids("all") if i not in lm.view.special_ids] for t in row] for row in rows]
     odds = verifier.log_odds([ids for row in words for ids in row]).reshape(len(rows), -1)
@@ -322,10 +328,65 @@ def bootstrap(values: np.ndarray, seed: int = 0) -> list[float]:
     return [float(q) for q in np.quantile(means, (0.025, 0.975))]
 
 
+class Deep:
+    """A verifier that reads in context: the mean over a text's tokens of what the first layers of the LM make of their
+    embeddings, and logistic regression on it.
+
+    The LM's BOS stands before each text and is not pooled: the first position of a language model is a sink.
+    """
+
+    def __init__(self, lm: LM, texts: Sequence[str], labels: Sequence[int], layers: int = LAYERS):
+        from sklearn.linear_model import LogisticRegressionCV
+
+        base = lm.causal.base_model
+        self.model = copy.copy(base)  # shares its weights; only the list of layers is its own
+        self.model._modules = dict(base._modules)
+        self.model.layers = torch.nn.ModuleList(base.layers[:layers])
+        self.model.config = copy.deepcopy(base.config)
+        self.model.config.num_hidden_layers = layers
+        self.fingerprint, self.sharpness = lm.view.fingerprint, torch.tensor(1.0, device=lm.device)
+        self.embedding = lm.causal.get_input_embeddings().weight.detach()
+        self.start = self.embedding[lm.tokenizer.bos_token_id][None, None]
+        rows = [lm.view.pieces_of_text(text)[0][:128] for text in texts]
+        with torch.no_grad():
+            seen = [self.pooled(*self.read(rows[i : i + 64])).double().cpu() for i in range(0, len(rows), 64)]
+        x = torch.cat(seen).numpy()
+        mean, spread = x.mean(0), x.std(0)
+        found = LogisticRegressionCV(Cs=[1e-3, 1e-2, 1e-1, 1.0], cv=5, max_iter=500, scoring="neg_log_loss")
+        found.fit((x - mean) / spread, labels)
+        weight = found.coef_[0] / spread
+        self.weight = torch.tensor(weight, dtype=torch.float32, device=lm.device)
+        self.bias = float(found.intercept_[0] - mean @ weight)
+
+    def read(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Embeddings (N, T, d) and mask (N, T) of id rows, padded on the right."""
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(list(row), dtype=torch.long) for row in rows], True)
+        mask = torch.arange(ids.shape[1])[None] < torch.tensor([len(row) for row in rows])[:, None]
+        return self.embedding[ids.to(self.embedding.device)], mask.to(self.embedding.device)
+
+    def pooled(self, embeds_NTD: Tensor, mask_NT: Tensor) -> Tensor:
+        """Features (N, d)."""
+        whole = torch.cat([self.start.expand(len(embeds_NTD), 1, -1), embeds_NTD], 1)
+        mask = torch.nn.functional.pad(mask_NT, (1, 0), value=True)
+        hidden = self.model(inputs_embeds=whole, attention_mask=mask.long(), use_cache=False).last_hidden_state[:, 1:]
+        count = mask_NT.sum(1, keepdim=True).clamp(min=1)
+        return torch.where(mask_NT[..., None], hidden, 0.0).sum(1) / count
+
+    def __call__(self, embeds_NTD: Tensor, mask_NT: Tensor) -> Tensor:
+        """Log-odds (N,)."""
+        return (self.pooled(embeds_NTD, mask_NT) @ self.weight + self.bias) * self.sharpness
+
+    @torch.no_grad()
+    def log_odds(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
+        """Log-odds (N,) of ids."""
+        parts = [self(*self.read(rows[i : i + 128])).double().cpu().numpy() for i in range(0, len(rows), 128)]
+        return np.concatenate(parts) if parts else np.zeros(0)
+
+
 class Both:
     """The mean log-odds of two verifiers."""
 
-    def __init__(self, first: Verifier, second: Verifier):
+    def __init__(self, first: Any, second: Any):
         self.parts, self.fingerprint, self.embedding = (first, second), first.fingerprint, first.embedding
 
     def __call__(self, embeds_NTD: Tensor, mask_NT: Tensor) -> Tensor:
@@ -339,7 +400,7 @@ class Both:
 
 def steered(
     lm: LM,
-    verifier: Verifier | Both,
+    verifier: Verifier | Deep | Both,
     sharpness: float,
     prompts: Sequence[str],
     tokens: int,
@@ -382,15 +443,16 @@ SOURCES = 300
 """Openings that are first words of sentences about films and products."""
 TRIALS: dict[str, tuple[str, float, dict[str, Any]]] = {
     "as it is": ("first", 4.0, {}),
-    "labels by lexicon": ("lexicon", 4.0, {}),
-    "labels by lexicon, sharpness 8": ("lexicon", 8.0, {}),
+    "deep": ("deep", 1.0, {}),
+    "deep, sharpness 4": ("deep", 4.0, {}),
+    "labels by lexicon, sharpness 4": ("lexicon", 4.0, {}),
+    "mean of first and deep, sharpness 4": ("both", 4.0, {}),
+    "deep, sharpness 4, look to the end": ("deep", 4.0, {"lookahead": 19}),
+    "labels by lexicon, second round, sharpness 4": ("second", 4.0, {}),
+    "deep, sharpness 8": ("deep", 8.0, {}),
+    "deep, sharpness 4, four samples": ("deep", 4.0, {"samples": 4}),
     "labels by lexicon, no neutral texts, sharpness 8": ("polar", 8.0, {}),
-    "labels by lexicon, sharpness 16": ("lexicon", 16.0, {}),
     "labels by lexicon, prefixes, sharpness 8": ("prefixes", 8.0, {}),
-    "labels by lexicon, attention, sharpness 8": ("attention", 8.0, {}),
-    "mean of first and lexicon, sharpness 8": ("both", 8.0, {}),
-    "labels by lexicon, sharpness 8, look to the end": ("lexicon", 8.0, {"lookahead": 19}),
-    "labels by lexicon, sharpness 8, four samples": ("lexicon", 8.0, {"samples": 4}),
 }
 """Verifier, sharpness, options of SPC beside those of the main arm."""
 
@@ -398,29 +460,38 @@ TRIALS: dict[str, tuple[str, float, dict[str, Any]]] = {
 class Makers:
     """The verifiers of the remedies, each trained when it is first asked for."""
 
-    def __init__(self, lm: LM, first: Verifier, texts: list[str], labels: list[int], tokens: int, seed: int):
-        self.lm, self.seed, self.known, self.old = lm, seed, {"first": first}, (texts, labels)
+    def __init__(self, lm: LM, first: Verifier, texts: list[str], labels: list[int], common: dict[str, Any], seed: int):
+        self.lm, self.seed, self.old = lm, seed, (texts, labels)
+        self.known: dict[str, Any] = {"first": first}
+        self.tokens, self.how = common["tokens"], {name: x for name, x in common.items() if name != "tokens"}
         began = time.perf_counter()
-        self.new, self.score = labelled(lm, texts, tokens, seed)
+        self.new, self.score = labelled(lm, texts, self.tokens, seed)
         print(
             f"{len(self.new)} continuations labelled: {(self.score > POSITIVE).mean():.2f} positive, "
             f"{(self.score < -POSITIVE).mean():.2f} negative ({time.perf_counter() - began:.0f} s)",
             flush=True,
         )
 
-    def __call__(self, name: str) -> Verifier | Both:
+    def __call__(self, name: str) -> Verifier | Deep | Both:
         """By name."""
+        began = time.perf_counter()
         if name == "both":
-            return Both(self("first"), self("lexicon"))  # type: ignore[arg-type]
+            return Both(self("first"), self("deep"))
+        if name == "deep" and name not in self.known:
+            self.known[name] = Deep(self.lm, *self.old)
+            print(f"  verifier deep: {time.perf_counter() - began:.0f} s", flush=True)
         if name not in self.known:
+            if name == "second":  # what the first round's verifier is pleased with, labelled
+                drawn = steered(self.lm, self("lexicon"), 4.0, TRAIN, self.tokens, 8, self.seed + 9, **self.how)
+                more = [f"{o}{d.trace.text}" for o, row in zip(TRAIN, drawn, strict=True) for d in row]
+                self.new = [*self.new, *more]
+                self.score = np.array([*self.score, *map(compound, more)])
             keep = np.abs(self.score) > POSITIVE if name == "polar" else np.ones(len(self.new), bool)
             texts = [*self.old[0], *(t for t, k in zip(self.new, keep, strict=True) if k)]
             labels = [*self.old[1], *(int(s > POSITIVE) for s in self.score[keep])]
             how = {
                 "prefixes": VerifierOptions(prefixes=True),
-                "attention": VerifierOptions(pool="attention", lr=1e-3),
             }.get(name, VerifierOptions())
-            began = time.perf_counter()
             self.known[name] = train_verifier(self.lm, texts, labels, how, seed=self.seed)
             print(f"  verifier {name}: {time.perf_counter() - began:.0f} s", flush=True)
         return self.known[name]
@@ -640,8 +711,9 @@ def main(options: Options) -> None:
 
     save([])
     if options.remedies:
-        make = Makers(lm, phi, texts, labels, tokens, options.seed)
-        save(remedied(lm, make, judge, options, prompts, pool, {"tokens": tokens, **common}))
+        common |= {"tokens": tokens}
+        make = Makers(lm, phi, texts, labels, common, options.seed)
+        save(remedied(lm, make, judge, options, prompts, pool, common))
     print(f"all: {time.perf_counter() - started:.0f} s", flush=True)
 
 
