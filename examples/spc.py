@@ -336,7 +336,8 @@ class Deep:
     """
 
     def __init__(self, lm: LM, texts: Sequence[str], labels: Sequence[int], layers: int = LAYERS):
-        from sklearn.linear_model import LogisticRegressionCV
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.model_selection import cross_val_score
 
         base = lm.causal.base_model
         self.model = copy.copy(base)  # shares its weights; only the list of layers is its own
@@ -352,8 +353,10 @@ class Deep:
             seen = [self.pooled(*self.read(rows[i : i + 64])).double().cpu() for i in range(0, len(rows), 64)]
         x = torch.cat(seen).numpy()
         mean, spread = x.mean(0), x.std(0)
-        found = LogisticRegressionCV(Cs=[1e-3, 1e-2, 1e-1, 1.0], cv=5, max_iter=500, scoring="neg_log_loss")
-        found.fit((x - mean) / spread, labels)
+        x = (x - mean) / spread
+        ways = [LogisticRegression(C=c, max_iter=500) for c in (1e-3, 1e-2, 1e-1)]
+        held = [cross_val_score(w, x, labels, cv=5, scoring="neg_log_loss").mean() for w in ways]
+        found = ways[int(np.argmax(held))].fit(x, labels)
         weight = found.coef_[0] / spread
         self.weight = torch.tensor(weight, dtype=torch.float32, device=lm.device)
         self.bias = float(found.intercept_[0] - mean @ weight)
