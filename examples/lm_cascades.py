@@ -83,20 +83,19 @@ TEN: dict[str, Any] = {"seeds": tuple(range(10)), "batch": 256, "rate": 3e-3}
 STATES = {"embed-1", "doubt"}
 """Parts that are states of M1, and no longer quantiles of what is known of its tokens."""
 BOTH = TRAIN + CALIBRATION
+RANK: dict[str, Any] = {**TEN, "target": "rank"}
+ALL = ("doubt", "embed-1", "signals", "length")
 REMEDIES: dict[str, tuple[tuple[str, ...], Learning, int]] = {
-    "ten members": ((), Learning(**TEN), TRAIN),
-    "ten members, rank targets": ((), Learning(**TEN, target="rank"), TRAIN),
-    "four signals": (("signals",), Learning(**TEN), TRAIN),
-    "four signals, length, rank targets": (("signals", "length"), Learning(**TEN, target="rank"), TRAIN),
-    "four signals, length, rank targets, 1400": (("signals", "length"), Learning(**TEN, target="rank"), BOTH),
+    "ten members, rank targets": ((), Learning(**RANK), TRAIN),
+    "four signals, length, rank targets": (("signals", "length"), Learning(**RANK), TRAIN),
     "four signals, length, logistic": (("signals", "length"), Learning(**TEN, kind="logistic"), TRAIN),
+    "tokens in order, length, rank targets": (("order", "length"), Learning(**RANK), TRAIN),
+    "tokens in order, four signals, rank targets, 1400": (("order", "signals", "length"), Learning(**RANK), BOTH),
     "embed-1": (("embed-1",), Learning(**TEN), TRAIN),
-    "embed-1, four signals, length": (("embed-1", "signals", "length"), Learning(**TEN), TRAIN),
     "doubt": (("doubt",), Learning(**TEN), TRAIN),
-    "doubt, embed-1, length": (("doubt", "embed-1", "length"), Learning(**TEN), TRAIN),
-    "doubt, embed-1, length, rank targets": (("doubt", "embed-1", "length"), Learning(**TEN, target="rank"), TRAIN),
-    "all parts, rank targets": (("doubt", "embed-1", "signals", "length"), Learning(**TEN, target="rank"), TRAIN),
-    "all parts, rank targets, 1400": (("doubt", "embed-1", "signals", "length"), Learning(**TEN, target="rank"), BOTH),
+    "doubt, embed-1, length, rank targets": (("doubt", "embed-1", "length"), Learning(**RANK), TRAIN),
+    "all parts but order, rank targets": (ALL, Learning(**RANK), TRAIN),
+    "all parts but order, rank targets, 1400": (ALL, Learning(**RANK), BOTH),
 }
 """Parts of the features beside the learned quantile rule's own, how it is learned, and from how many prompts (1400: the
 calibration prompts, too)."""
@@ -235,6 +234,13 @@ def looked(here: World, parts: Sequence[str]) -> np.ndarray:
         columns.append(np.array(rows))
     if "length" in parts:
         columns.append(np.array([[len(t)] for t in here.traces], float))
+    if "order" in parts:
+        table = np.zeros((len(here.seen), 2, spelling.LONGEST))
+        for i, answer in enumerate(here.seen):
+            for j, signal in enumerate(("logp", "entropy")):
+                c = answer.certainty(signal)
+                table[i, j, : len(c)] = -c
+        columns.append(table.reshape(len(table), -1))
     if "doubt" in parts:
         states = [found["hidden"] for found in token_signals(here.m1, here.traces, ("hidden",))]
         doubts = [-a.certainty() for a in here.seen]
@@ -245,7 +251,7 @@ def looked(here: World, parts: Sequence[str]) -> np.ndarray:
 def tried(here: World, names: Sequence[str]) -> dict[str, float]:
     """Areas x 100 on the test prompts of remedies, of the rule as it is, and of the two fixed rules."""
     q1, q2, test = here.q1, here.q2, slice(BOTH, None)
-    scores = {kind: FixedRule(kind).score(here.seen[test]) for kind in ("sum", "average")}  # type: ignore[arg-type]
+    scores = {kind: FixedRule(kind).score(here.seen[test]) for kind in ("sum", "average")}
     for name in names:
         started = time.perf_counter()
         parts, learning, n = REMEDIES[name] if name in REMEDIES else ((), Learning(), TRAIN)
