@@ -1,7 +1,7 @@
 """Closed sets with all their members: what can be asked as a list, and judged without a judge.
 
 `SETS` says what a list of each is called; `members` gives the names of a set, other names of the same thing mapped to
-one by `name_of`. Facts, written down here.
+one by `name_of`. `DEVELOPMENT` are further sets, for trying things. Facts, written down here.
 """
 
 from __future__ import annotations
@@ -86,8 +86,54 @@ _TEXTS = {
         "Warwickshire|West Midlands|Westmorland|Wiltshire|Worcestershire"
     ),
 }
+_DEVELOPMENT_TEXTS = {
+    "capitals of the states of the USA": (
+        "Montgomery|Juneau|Phoenix|Little Rock|Sacramento|Denver|Hartford|Dover|Tallahassee|Atlanta|Honolulu|Boise|"
+        "Springfield|Indianapolis|Des Moines|Topeka|Frankfort|Baton Rouge|Augusta|Annapolis|Boston|Lansing|"
+        "Saint Paul|St. Paul|Jackson|Jefferson City|Helena|Lincoln|Carson City|Concord|Trenton|Santa Fe|Albany|"
+        "Raleigh|Bismarck|Columbus|Oklahoma City|Salem|Harrisburg|Providence|Columbia|Pierre|Nashville|Austin|"
+        "Salt Lake City|Montpelier|Richmond|Olympia|Charleston|Madison|Cheyenne"
+    ),
+    "books of the Bible": (
+        "Genesis|Exodus|Leviticus|Numbers|Deuteronomy|Joshua|Judges|Ruth|1 Samuel|2 Samuel|Samuel|1 Kings|2 Kings|"
+        "Kings|1 Chronicles|2 Chronicles|Chronicles|Ezra|Nehemiah|Esther|Job|Psalms|Psalm|Proverbs|Ecclesiastes|"
+        "Song of Solomon|Song of Songs|Isaiah|Jeremiah|Lamentations|Ezekiel|Daniel|Hosea|Joel|Amos|Obadiah|Jonah|"
+        "Micah|Nahum|Habakkuk|Zephaniah|Haggai|Zechariah|Malachi|Matthew|Mark|Luke|John|Acts|Romans|1 Corinthians|"
+        "2 Corinthians|Corinthians|Galatians|Ephesians|Philippians|Colossians|1 Thessalonians|2 Thessalonians|"
+        "Thessalonians|1 Timothy|2 Timothy|Timothy|Titus|Philemon|Hebrews|James|1 Peter|2 Peter|Peter|1 John|2 John|"
+        "3 John|Jude|Revelation"
+    ),
+    "plays by William Shakespeare": (
+        "All's Well That Ends Well|Antony and Cleopatra|As You Like It|The Comedy of Errors|Coriolanus|Cymbeline|"
+        "Hamlet|Henry IV|Henry V|Henry VI|Henry VIII|Julius Caesar|King John|King Lear|Love's Labour's Lost|Macbeth|"
+        "Measure for Measure|The Merchant of Venice|The Merry Wives of Windsor|A Midsummer Night's Dream|"
+        "Much Ado About Nothing|Othello|Pericles|Richard II|Richard III|Romeo and Juliet|The Taming of the Shrew|"
+        "The Tempest|Timon of Athens|Titus Andronicus|Troilus and Cressida|Twelfth Night|"
+        "The Two Gentlemen of Verona|The Two Noble Kinsmen|The Winter's Tale"
+    ),
+    "capital cities in Europe": (
+        "Tirana|Andorra la Vella|Yerevan|Vienna|Baku|Minsk|Brussels|Sarajevo|Sofia|Zagreb|Nicosia|Prague|Copenhagen|"
+        "Tallinn|Helsinki|Paris|Tbilisi|Berlin|Athens|Budapest|Reykjavik|Dublin|Rome|Pristina|Riga|Vaduz|Vilnius|"
+        "Luxembourg|Valletta|Chisinau|Monaco|Podgorica|Amsterdam|Skopje|Oslo|Warsaw|Lisbon|Bucharest|Moscow|"
+        "San Marino|Belgrade|Bratislava|Ljubljana|Madrid|Stockholm|Bern|Ankara|Kyiv|Kiev|London|Vatican City|"
+        "Edinburgh|Cardiff|Belfast"
+    ),
+    "countries in North America": (
+        "Antigua and Barbuda|Bahamas|The Bahamas|Barbados|Belize|Canada|Costa Rica|Cuba|Dominica|"
+        "Dominican Republic|The Dominican Republic|El Salvador|Grenada|Guatemala|Haiti|Honduras|Jamaica|Mexico|"
+        "Nicaragua|Panama|Saint Kitts and Nevis|Saint Lucia|Saint Vincent and the Grenadines|Trinidad and Tobago|"
+        "United States|The United States|United States of America"
+    ),
+    "counties of Ireland": (
+        "Antrim|Armagh|Carlow|Cavan|Clare|Cork|Derry|Londonderry|Donegal|Down|Dublin|Fermanagh|Galway|Kerry|Kildare|"
+        "Kilkenny|Laois|Leitrim|Limerick|Longford|Louth|Mayo|Meath|Monaghan|Offaly|Roscommon|Sligo|Tipperary|Tyrone|"
+        "Waterford|Westmeath|Wexford|Wicklow"
+    ),
+}
 SETS = tuple(_TEXTS)
 """Names of the sets; the first four are the ones of a short trial."""
+DEVELOPMENT = tuple(_DEVELOPMENT_TEXTS)
+"""Names of sets on which settings may be chosen."""
 GIVEN = {
     "states of the USA": ("Texas", "Ohio"),
     "chemical elements": ("iron", "helium"),
@@ -99,6 +145,12 @@ GIVEN = {
     "letters of the NATO alphabet": ("Bravo", "Tango"),
     "provinces of France": ("Normandy", "Lorraine"),
     "counties of England": ("Kent", "Dorset"),
+    "capitals of the states of the USA": ("Denver", "Boston"),
+    "books of the Bible": ("Exodus", "Romans"),
+    "plays by William Shakespeare": ("Macbeth", "The Tempest"),
+    "capital cities in Europe": ("Vienna", "Oslo"),
+    "countries in North America": ("Canada", "Cuba"),
+    "counties of Ireland": ("Cork", "Mayo"),
 }
 """Two members of each, to begin a list with."""
 _SAME = {
@@ -129,6 +181,15 @@ _SAME = {
     "george bush": "george w. bush",
     "lyndon johnson": "lyndon b. johnson",
     "george h.w. bush": "george h. w. bush",
+    "st. paul": "saint paul",
+    "psalm": "psalms",
+    "song of songs": "song of solomon",
+    "kiev": "kyiv",
+    "the bahamas": "bahamas",
+    "the dominican republic": "dominican republic",
+    "the united states": "united states",
+    "united states of america": "united states",
+    "londonderry": "derry",
 }
 
 
@@ -140,4 +201,6 @@ def name_of(answer: str) -> str:
 
 def members(name: str) -> frozenset[str]:
     """All members of a set but those that are given, by `name_of`."""
-    return frozenset(map(name_of, _TEXTS[name].split("|"))) - frozenset(map(name_of, GIVEN[name]))
+    return frozenset(map(name_of, {**_TEXTS, **_DEVELOPMENT_TEXTS}[name].split("|"))) - frozenset(
+        map(name_of, GIVEN[name])
+    )
