@@ -17,7 +17,7 @@ WARM = 1  # steps before the timed ones; one after them is profiled
 
 def machine(device: str, threads: int) -> str:
     """For a result's world."""
-    return f"{device}, {threads} threads" if device == "cpu" else torch.cuda.get_device_name()
+    return f"{device}, {threads} threads" if device == "cpu" else device
 
 
 class Profiled:

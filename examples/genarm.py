@@ -99,13 +99,14 @@ class World:
     config: LoopConfig
     margin: float
     each: int  # responses a prompt that figures are the mean of
+    batch: int = 256  # responses that are drawn together
 
     def draw_pairs(self, seed: int) -> tuple[list[Group], int]:
         """Best and worst of four of the base's responses, and how many prompts gave no pair."""
         rng, groups, lost = np.random.default_rng([seed, 1]), [], 0
         for turn in range(20):
             asked = [self.train[i] for i in rng.integers(len(self.train), size=max(16, self.pairs - len(groups)))]
-            drawn = sample(self.base, asked, 4, self.sampling, seed=100 * seed + turn, batch=256)
+            drawn = sample(self.base, asked, 4, self.sampling, seed=100 * seed + turn, batch=self.batch)
             found, _ = best_and_worst(drawn, self.reward, self.margin, self.name)
             lost += len(asked) - len(found)
             groups += found
@@ -124,6 +125,7 @@ class World:
             config=dataclasses.replace(self.config, seed=seed),
             out=out,
             resolve=catalog.method,
+            pack_tokens=16384 if torch.cuda.is_available() else 4096,
             progress=False,
         )
         run.go()
@@ -166,8 +168,7 @@ def film_world() -> World:
     torch.set_float32_matmul_precision("high")  # TF32, where there is such a thing
     split = {side: [sentiment.messages(p) for p in some] for side, some in sentiment.prompts().items()}
     return World(
-        name="film replies, SmolLM2-135M-Instruct (dequantised Q4_1), LoRA rank 8, "
-        + (f"TF32, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "cpu"),
+        name="film replies, SmolLM2-135M-Instruct (dequantised Q4_1), LoRA rank 8",
         base=load("smollm2"),
         policy=lambda: load("smollm2", lora=8),
         reward=compound,
@@ -180,6 +181,7 @@ def film_world() -> World:
         config=LoopConfig(lr=5e-4, batch_size=32, epochs=1.0, warmup=0.1, weight_decay=0.05),
         margin=0.2,
         each=1,
+        batch=1024,
     )
 
 

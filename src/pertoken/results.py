@@ -27,7 +27,7 @@ def save_result(
     rows: Sequence[dict[str, Any]] = (),
     folder: str | Path = "results",
 ) -> Path:
-    """Write a result with the commit it was run on and the command that ran.
+    """Write a result with the commit it was run on and the command that ran; `world` is told the GPU, if there is one.
 
     Raises:
         ValueError: code has uncommitted changes, or there is no repository: the figure would belong to no commit.
@@ -44,7 +44,7 @@ def save_result(
         "baseline_value": baseline_value,
         "bound": bound,
         "reached": reached,
-        "world": world,
+        "world": world + _accelerator(),
         "seeds": list(seeds),
         "command": "python " + " ".join([f"{Path(sys.argv[0]).parent.name}/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "commit": state["commit"][:12],
@@ -52,3 +52,11 @@ def save_result(
         "notes": notes,
     }
     return write_json(Path(folder) / f"{slug}.json", record | ({"rows": list(rows)} if rows else {}))
+
+
+def _accelerator() -> str:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return ""
+    fast = torch.get_float32_matmul_precision() != "highest"
+    return f"; {torch.cuda.get_device_name()}" + (", float32 products in TF32" if fast else "")
