@@ -5,6 +5,8 @@ model allows it (Llama's norms are float32 whatever the model's type), so that d
 come from generators on the CPU.
 """
 
+# pyright: reportOptionalMemberAccess=false
+
 from __future__ import annotations
 
 import copy
@@ -169,7 +171,12 @@ def test_packed_is_flat(attention, tmp_path):
     """A shared prompt computed once gives the log-probs and gradients of the flat batch, whatever the attention."""
     if attention == "flex_attention" and DEVICE != "cuda":
         pytest.skip("compiled for CUDA")
-    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     config = LlamaConfig(**shape, vocab_size=len(tiny.tokenizer()), initializer_range=0.3)  # heads of 16: the least
     with torch.random.fork_rng():
         torch.manual_seed(0)

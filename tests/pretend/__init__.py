@@ -8,12 +8,13 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.utils.backend_registration import generate_methods_for_privateuse1_backend, rename_privateuse1_backend
 from torch.utils.cpp_extension import load
 
 
 def _start() -> None:
     built: Any = load("pertoken_pretend", [str(Path(__file__).parent / "device.cpp")])
-    torch.utils.rename_privateuse1_backend("pretend")
+    rename_privateuse1_backend("pretend")
     built.start()
     module: Any = ModuleType("torch.pretend")  # what torch asks a device's module for
     module.is_available = module.is_initialized = lambda: True
@@ -23,7 +24,7 @@ def _start() -> None:
     module.get_rng_state, module.set_rng_state = lambda *_: torch.zeros(8, dtype=torch.uint8), lambda *_: None
     module.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
     torch._register_device_module("pretend", module)
-    torch.utils.generate_methods_for_privateuse1_backend()
+    generate_methods_for_privateuse1_backend()
 
 
 _start()
