@@ -93,6 +93,7 @@ def read() -> list[dict[str, Any]]:
 
 
 def fitted(
+    device: torch.device,
     signals: list[Signals],
     rows: list[dict[str, Any]],
     train: np.ndarray,
@@ -105,7 +106,6 @@ def fitted(
     labels = np.array([r["label"] == 1 for r in rows])
     w_pos = float((~labels[train]).sum() / labels[train].sum())
     how = Training(epochs=epochs, batch=32, seed=seed, w_pos=w_pos)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     head = fit_pawn([signals[i] for i in train], labels[train].tolist(), how, device=device, branch=branch)
     return [auroc(judge(head, [signals[i] for i in test])[0], labels[test]) for test in tests]
 
@@ -148,14 +148,19 @@ def main(options: Options) -> None:
         part = np.array([r["group"] in kept for r in rows])
         split = np.flatnonzero(part), [np.flatnonzero(inside & ~part)]
         for k in EPOCHS_FULL if options.full else EPOCHS:
-            tried[k] = float(np.mean([fitted(signals, rows, *split, seed, "pawn", k)[0] for seed in options.seeds]))
+            tried[k] = float(
+                np.mean([fitted(lm.device, signals, rows, *split, seed, "pawn", k)[0] for seed in options.seeds])
+            )
             print(f"development, {len(split[1][0])} of the training texts: {k} epochs {tried[k]:.4f}", flush=True)
         epochs = max(tried, key=lambda k: tried[k])  # the first of equal ones
         done(f"chosen: {epochs} epochs")
     beside: dict[str, list[float]] = {}
     if epochs != options.epochs:
         for branch in ("pawn", "metrics"):
-            found = [fitted(signals, rows, train, [test], seed, branch, options.epochs)[0] for seed in options.seeds]
+            found = [
+                fitted(lm.device, signals, rows, train, [test], seed, branch, options.epochs)[0]
+                for seed in options.seeds
+            ]
             beside[branch] = found
             print(f"{branch:<12}{np.mean(found):.4f}   {options.epochs} epochs", flush=True)
     print(f"{epochs} epochs")
@@ -164,8 +169,8 @@ def main(options: Options) -> None:
     for branch in BRANCHES:
         for seed in options.seeds:
             if options.full or branch != "hidden":  # which no bound asks of the hidden branch
-                table[branch]["held out"] += fitted(signals, rows, train, [test], seed, branch, epochs)
-            known, new = fitted(signals, rows, without, [same, other], seed, branch, epochs)
+                table[branch]["held out"] += fitted(lm.device, signals, rows, train, [test], seed, branch, epochs)
+            known, new = fitted(lm.device, signals, rows, without, [same, other], seed, branch, epochs)
             table[branch]["known"].append(known)
             table[branch]["unseen"].append(new)
         means = {k: float(np.mean(v)) if v else float("nan") for k, v in table[branch].items()}
@@ -177,7 +182,7 @@ def main(options: Options) -> None:
     for domain in sorted({r["domain"] for r in rows}) if options.full else ():
         here = np.array([r["domain"] == domain for r in rows])
         split = np.flatnonzero(~here), [np.flatnonzero(here)]
-        (domains[domain],) = fitted(signals, rows, *split, options.seeds[0], "pawn", epochs)
+        (domains[domain],) = fitted(lm.device, signals, rows, *split, options.seeds[0], "pawn", epochs)
         print(f"trained without {domain}: {domains[domain]:.4f} on it", flush=True)
     if domains:
         done("domains")
@@ -187,7 +192,9 @@ def main(options: Options) -> None:
             print(f"no held-out text of {generator}")
             continue
         split = np.flatnonzero(inside & ~theirs), [np.flatnonzero(~inside & (theirs | ~labels))]
-        generators[generator] = {b: fitted(signals, rows, *split, options.seeds[0], b, epochs)[0] for b in BRANCHES}
+        generators[generator] = {
+            b: fitted(lm.device, signals, rows, *split, options.seeds[0], b, epochs)[0] for b in BRANCHES
+        }
         print(f"trained without {generator}: " + ", ".join(f"{b} {v:.4f}" for b, v in generators[generator].items()))
     if generators:
         done("generators")

@@ -229,7 +229,7 @@ def measured(lm: LM, asked: list[Asked], options: Options, methods: Mapping[str,
     print(f"{len(asked)} questions, accuracy {1 - wrong.mean():.3f}, K = {options.answers}")
     table = {name: auroc(s, wrong) for name, s in scores.items()}
     for name, value in sorted(table.items(), key=lambda row: -row[1]):
-        print(f"{name:<28}{value:.4f}")
+        print(f"{name:<40}{value:.4f}")
     rng, over = np.random.default_rng(1), {}
     for rival in ("length_normalised_entropy", "perplexity_entropy"):
         draws = []
