@@ -271,7 +271,7 @@ def remedied(options: Options, worlds: Sequence[World]) -> list[dict[str, Any]]:
     print(f"development seeds {options.development}: area x 100 above Chow-Sum")
     for name in sorted(over, key=lambda n: -over[n]):
         each = " ".join(f"{t[name] - t['sum']:+.2f}" for t in trials)
-        print(f"  {name:<44}{over[name]:+.2f}   {each}", flush=True)
+        print(f"  {name:<52}{over[name]:+.2f}   {each}", flush=True)
     families = {"tokens alone": [n for n in REMEDIES if not STATES & set(REMEDIES[n][0])], "all": list(REMEDIES)}
     chosen = {family: max(names, key=lambda n: over[n]) for family, names in families.items()}
     names = list(dict.fromkeys(chosen.values()))
