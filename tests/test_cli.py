@@ -1,5 +1,6 @@
 """The command line: what a user types, what comes back, and sentences for what is wrong."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -60,7 +61,7 @@ def test_about_shows_equation_and_options(capsys):
         (["train", "dpo"], "no data"),
         (["score", "dpo", "--response", "x"], "scores nothing"),
         (["compare", "train", "dpo", "--set", "beta"], "METHOD.OPTION=VALUE"),
-        (["compare", "train", "dpo", "--set", "gamma=1"], "no such option"),
+        (["compare", "train", "dpo", "--set", "gamma=1"], "no option 'gamma'"),
         (["compare", "train", "dpo", "kto"], "takes unpaired data"),
         (["view", "nowhere.jsonl"], "there is no file"),
         (["train", "dpo", "--config", "nowhere.yaml"], "no run file"),
@@ -165,7 +166,9 @@ def test_values_of_options_are_of_their_types(tmp_path, capsys):
     assert make_method("reagent:fixed=[1,2],stop.among=0")[1].fixed == (1, 2)
     assert make_method("stochastok:cap=null")[1].cap is None and make_method("stochastok:cap=2")[1].cap == 2
     assert make_method("sar:t=1,join=', '")[1].join == ", " and make_method('sar:join="a,b",t=1')[1].t == 1
-    assert make_method("reward-transform:references={values: {a: 1, b: 2}},q=0.5")[1].q == 0.5
+    assert make_method("reward-transform:references={values: {a: [1], b: [2]}, default: [3]},q=0.5")[1].q == 0.5
+    assert make_method("sar:join=it's,t=1")[1].join == "it's" and make_method("sar:join=' it''s, so',t=1")[1].t == 1
+    assert make_method("sparsepo:normalize_mask=off")[1].normalize_mask == "off"  # to YAML, off is false
     assert _settings(["beta=1e-1", "x.name=e5"], ["x"]) == {"x": {"beta": 0.1, "name": "e5"}}
     for words, hint in (
         ("reagent:max_steps=soon", "max_steps='soon' is no int"),
@@ -173,6 +176,15 @@ def test_values_of_options_are_of_their_types(tmp_path, capsys):
         ("reagent:max_steps=1.5", "is no int"),
         ("reagent:max_steps=true", "is no int"),
         ("reagent:max_steps.x=1", "is no int"),
+        ("reagent:max_steps=.inf", "is no int"),
+        ("stochastok:cap=1e999", "is no int | None"),
+        ("reagent:stop=3", "is a group of options"),
+        ("reagent:max_steps.y=2,max_steps=1", "max_steps is given twice"),
+        ("sar:join=3", "is no str; give one, in quotes"),
+        ("arm-reward:lm=folder", "is no pertoken.core.lm.LM | None"),
+        ("reasoning-sql:judge=fair", "judge='fair' is no"),
+        ("reward-transform:references.values={a: 1}", "is no dict[str, tuple[float, ...]]"),
+        ("aligndistil:mode=true", "mode=True is no Literal"),
         ("reagent:init=one", "is no Literal['zero', 'uniform']"),
         ("reagent:fixed=[1,b]", "is no tuple[int, ...]"),
         ("stochastok:cap=few", "is no int | None"),
@@ -182,11 +194,42 @@ def test_values_of_options_are_of_their_types(tmp_path, capsys):
         with pytest.raises(ValueError) as error:
             make_method(words)
         assert hint in str(error.value)
+    path.write_text("method: {1: 2}")
+    with pytest.raises(ValueError, match="there is no option 1"):
+        read_run_file(path, _train_kind("dpo")())
     path.write_text("method: {beta: [")
     assert main(["train", "dpo", "--config", str(path)]) == 2
     assert "run.yaml" in capsys.readouterr().err
     whole = _train_kind("dpo")()
     assert merged(whole, yaml.safe_load("run: {out: there}"), "x").run.out in ("there", Path("there"))
+
+
+def test_every_methods_run_file_reads_back(tmp_path):
+    """What was written is what is read, types and all, also where an option is a table."""
+    from pertoken.api import make_method
+    from pertoken.catalog import method, methods
+    from pertoken.run_file import read_run_file, write_run_file
+
+    told = [method(row.slug)() for row in methods() if dataclasses.is_dataclass(method(row.slug))]
+    told.append(make_method("reward-transform:references={values: {a: [1, 2.5]}, default: [0]}")[1])
+    for options in told:
+        read = read_run_file(write_run_file(tmp_path / "run.yaml", "x", options), type(options)())
+        assert (read, repr(read)) == (options, repr(options))
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["compare", "train", "dpo", "kto", "--set", "dpo.beta=much"], "dpo: beta='much' is no float; give one"),
+        (["compare", "train", "mine=dpo", "--set", "mine.beta=true"], "mine: beta=True is no float; give one"),
+        (["score", "vader", "--response", "x", "--set", "level=3"], "vader: level=3 is no"),
+        (["score", "vader", "--response", "x", "--set", "levle=token"], "no option 'levle'"),
+    ],
+)
+def test_set_values_are_of_their_types(words, hint, capsys, model):
+    assert main([*words, "--model", model]) == 2
+    said = capsys.readouterr().err
+    assert hint in said and said.count("\n") == 1
 
 
 def test_score_saves_and_view_draws(tmp_path, model, data, capsys):

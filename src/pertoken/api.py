@@ -25,6 +25,12 @@ from .core.trace import Trace
 
 Say = Callable[[str], None]
 _KINDS = {"pairs": "pair", "unpaired": "unpaired", "sft": "sft", "prompts": "prompt"}
+_WHOLE = (  # of YAML: lists and mappings (and those within), and quoted text; an apostrophe in a word quotes nothing
+    r"\[(?:[^][]|\[[^]]*])*]",
+    r"{(?:[^{}]|{[^}]*})*}",
+    r"""(?<=[=[{,:\s])"(?:[^"\\]|\\.)*\"""",
+    r"(?<=[=[{,:\s])'(?:[^']|'')*'",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +135,7 @@ def make_method(text: str, what: str = "method") -> tuple[str, Any]:
 
     slug, _, words = text.partition(":")
     kind, changes = catalog.method(slug), dict[str, Any]()
-    for word in re.findall(r"""(?:\[[^]]*]|{[^}]*}|"[^"]*"|'[^']*'|[^,])+""", words):  # commas in values are theirs
+    for word in re.findall(f"(?:{'|'.join(_WHOLE)}|[^,])+", words):  # commas in values are theirs
         name, equals, value = word.partition("=")
         if not equals:
             raise ValueError(f"{what} {text}: write SLUG:NAME=VALUE,NAME=VALUE")
@@ -139,6 +145,8 @@ def make_method(text: str, what: str = "method") -> tuple[str, Any]:
             place = place.setdefault(group, {})
             if not isinstance(place, dict):
                 raise ValueError(f"{what} {text}: {group} is given a value and options of its own; give one of them")
+        if option in place:
+            raise ValueError(f"{what} {text}: {name.strip()} is given twice; give it once")
         place[option] = value_of(value, f"{what} {text}")
     return slug, merged(kind(), changes, f"{what} {slug}")
 

@@ -148,9 +148,11 @@ class _ScoreArgs:
 
 def _score(words: Sequence[str]) -> None:
     from . import api, show
+    from .catalog import method
     from .core.credit import save_credits
     from .core.data import Example, load_examples
     from .core.lm import load
+    from .run_file import checked
 
     slugs, rest = _leading(words)
     args = _parse(_ScoreArgs, rest, "score METHOD [METHOD...]", "Put credit on the tokens of responses.")
@@ -158,7 +160,7 @@ def _score(words: Sequence[str]) -> None:
         raise ValueError(
             "name a method: pertoken score vader --response '...'; pertoken methods --room score lists them"
         )
-    settings = _settings(args.set, slugs)
+    settings = {s: checked(method(s)(), given, s) for s, given in _settings(args.set, slugs).items()}
     lm = load(args.model)
     reference = load(args.reference) if args.reference else None
     scorers = [api.make_scorer(s, lm, reference, **settings[s]) for s in slugs]

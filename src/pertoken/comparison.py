@@ -22,6 +22,7 @@ from .core.loop import LoopConfig
 from .core.record import provenance, write_json
 from .core.rollout import Sampling, sample
 from .core.trace import Trace
+from .run_file import merged
 from .show.charts import Frontier, Lines, Point, Series
 from .show.report import Heatmaps, Prose, Provenance, Section, build_report
 from .show.tables import Column, Interval, Table
@@ -240,7 +241,7 @@ def make_arms(names: Sequence[str], settings: Mapping[str, Mapping[str, Any]]) -
     """Arms of ``method`` or ``name=method`` words.
 
     Raises:
-        ValueError: no such method, one that does not train, or an option it does not have.
+        ValueError: no such method, one that does not train, an option it does not have, or a value that is none.
     """
     arms = []
     for word in names:
@@ -248,11 +249,8 @@ def make_arms(names: Sequence[str], settings: Mapping[str, Mapping[str, Any]]) -
         row = catalog.about(slug)
         if row.room != "train":
             raise ValueError(f"{slug} is of the {row.room} room and trains nothing; leave it out of the comparison")
-        options = dict(settings.get(name or slug, {}))
-        try:
-            arms.append(Arm(name=name or slug, slug=slug, objective=catalog.method(slug)(**options)))
-        except TypeError as error:
-            raise ValueError(f"{slug} has no such option: {error}; pertoken about {slug} lists them") from error
+        objective = merged(catalog.method(slug)(), settings.get(name or slug, {}), name or slug)
+        arms.append(Arm(name=name or slug, slug=slug, objective=objective))
     return arms
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,13 +62,22 @@ def merged(options: Any, data: Mapping[str, Any], where: str) -> Any:
     """Options (nested dataclasses) with the values of a mapping.
 
     Raises:
+        ValueError: as `checked`.
+    """
+    return dataclasses.replace(options, **checked(options, data, where))
+
+
+def checked(options: Any, data: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Values of a mapping as the fields of those options, each of its field's type.
+
+    Raises:
         ValueError: a name that the options do not have, or a value of another type than the option's; `where` says in
             what.
     """
     known = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
     hints, changes = typing.get_type_hints(type(options)), dict[str, Any]()
     for key, value in data.items():
-        name = key.replace("-", "_")
+        name = str(key).replace("-", "_")
         if name not in known:
             raise ValueError(f"{where}: there is no option {key!r}; options here: {', '.join(known)}")
         if dataclasses.is_dataclass(known[name]) and isinstance(value, Mapping):
@@ -77,17 +86,22 @@ def merged(options: Any, data: Mapping[str, Any], where: str) -> Any:
         value = tuple(value) if isinstance(value, list) and isinstance(known[name], tuple) else value
         try:
             changes[name] = _fitted(value, hints[name])
-        except ValueError as error:
-            wanted = hints[name].__name__ if isinstance(hints[name], type) else str(hints[name]).replace("typing.", "")
-            raise ValueError(f"{where}: {key}={value!r} is no {wanted}; give one") from error
-    return dataclasses.replace(options, **changes)
+        except (ValueError, OverflowError) as error:
+            hint, of = hints[name], f"{where}: {key}"
+            if dataclasses.is_dataclass(hint):
+                raise ValueError(f"{of}={value!r} is a group of options; give them by their names") from error
+            wanted = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+            quoted = ", in quotes" if hint is str and value is not None else ""
+            raise ValueError(f"{of}={value!r} is no {wanted}; give one{quoted}") from error
+    return changes
 
 
 def _fitted(value: Any, hint: Any) -> Any:
-    """A value that YAML read as an option of that type: a list as a tuple, 1e-3 (which is text to YAML) as a number.
+    """A value that YAML read as an option of that type: a list as a tuple, 1e-3 (which is text to YAML) as a number,
+    and off (which is false to YAML) as the word.
 
     Raises:
-        ValueError: it is none.
+        ValueError, OverflowError: it is none.
     """
     origin, among = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
@@ -97,14 +111,22 @@ def _fitted(value: Any, hint: Any) -> Any:
         for kind in (*exact, *among):
             try:
                 return _fitted(value, kind)
-            except ValueError:
+            except (ValueError, OverflowError):
                 continue
         raise ValueError(value)
-    if (origin is Literal and value in among) or (value is None and hint is type(None)):
+    if origin is Literal:
+        words = ("on", "yes", "true") if value is True else ("off", "no", "false") if value is False else ()
+        for word in (value, *words):
+            if any(word == one and type(word) is type(one) for one in among):
+                return word
+        raise ValueError(value)
+    if value is None and hint is type(None):
         return value
     if origin is tuple and isinstance(value, list | tuple):
         kinds = (among[0],) * len(value) if among[1:] == (...,) else among
         return tuple(_fitted(v, kind) for v, kind in zip(value, kinds, strict=True))
+    if origin is dict and isinstance(value, Mapping):
+        return {_fitted(k, among[0]): _fitted(v, among[1]) for k, v in value.items()}
     if hint in (int, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
         number = float(value) if isinstance(value, str) else value
         if hint is int and number != int(number):
@@ -112,10 +134,13 @@ def _fitted(value: Any, hint: Any) -> Any:
         return int(number) if hint is int else number
     if hint is Path and isinstance(value, str):
         return Path(value)
-    plain = hint in (int, float, bool, str, type(None)) or origin in (Literal, tuple)
-    if not plain or (isinstance(hint, type) and isinstance(value, hint) and isinstance(value, bool) == (hint is bool)):
-        return value
-    raise ValueError(value)
+    if isinstance(hint, type):
+        fits = isinstance(value, hint) and isinstance(value, bool) == (hint is bool)
+    else:
+        fits = callable(value) if origin is Callable else origin not in (tuple, dict)
+    if not fits:
+        raise ValueError(value)
+    return value
 
 
 def _loaded(text: str, where: str) -> Any:
@@ -130,4 +155,6 @@ def _plain(value: Any) -> Any:
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
     return value if value is None or isinstance(value, (int, float, str, bool)) else str(value)
