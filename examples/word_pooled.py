@@ -38,7 +38,8 @@ import torch
 import tyro
 
 from pertoken.results import save_result
-from pertoken.tokenize.word_pooled import Spelling, WordPooled, training
+from pertoken.tokenize import _pooled_training as training
+from pertoken.tokenize.word_pooled import Spelling, WordPooled
 from pertoken.tokenize.word_pooled import measure as m
 from pertoken.tokenize.word_pooled.codec import normalise
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from pertoken.tokenize.word_pooled import Spelling, WordPooled, training
+from pertoken.tokenize import _pooled_training as training
+from pertoken.tokenize.word_pooled import Spelling, WordPooled
 from pertoken.tokenize.word_pooled import measure as m
 from pertoken.tokenize.word_pooled.codec import END, MORE, PAD, Codec, characters, normalise
 from pertoken.tokenize.word_pooled.model import GPT, WordPooledLM

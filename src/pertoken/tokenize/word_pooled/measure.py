@@ -1,4 +1,4 @@
-"""Arms of one comparison (word-pooled, bytes, subwords, words), measured alike; `training` trains them.
+"""Arms of one comparison (word-pooled, bytes, subwords, words), measured alike; `_pooled_training` trains them.
 
 A next word is the greedy spelling up to the next space, as a string, whatever a model's units are. Text is
 `codec.normalise`d with a space before every word, so that each arm is told that a word begins and has to say where it

@@ -1,4 +1,4 @@
-"""Training of the arms of `measure` on the same windows of words: for so many seconds, or steps; what a step costs."""
+"""Training of the arms of `word_pooled.measure` on the same windows of words: for so many seconds, or steps; what a step costs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .measure import Arm
+from .word_pooled.measure import Arm
 
 
 def train(
