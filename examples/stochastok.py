@@ -75,7 +75,7 @@ class Options:
     """Write results/stochastok.json."""
 
 
-FULL = Size(layers=4, width=256, vocabulary=4096, rows=60_000, steps=3000, kinds=langgame.KINDS, questions=1000)
+FULL = Size(layers=4, width=256, vocabulary=4096, rows=48_000, steps=3000, kinds=langgame.KINDS, questions=1000)
 
 
 def texts() -> list[str]:

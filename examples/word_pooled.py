@@ -38,6 +38,7 @@ import torch
 import tyro
 
 from pertoken.results import save_result
+from pertoken.tokenize import _pooled_training as training
 from pertoken.tokenize.word_pooled import Spelling, WordPooled
 from pertoken.tokenize.word_pooled import measure as m
 from pertoken.tokenize.word_pooled.codec import normalise
@@ -131,7 +132,7 @@ def trained(name: str, arm: Any, words: list[bytes], size: Size, seed: int, devi
     """Train an arm; what it was."""
     arm.model.to(device)
     begun = time.perf_counter()
-    steps = m.train(arm, words, lr=1e-3, window=size.window, batch=size.batch, seed=seed, **budget)
+    steps = training.train(arm, words, lr=1e-3, window=size.window, batch=size.batch, seed=seed, **budget)
     took = time.perf_counter() - begun
     parameters = sum(p.numel() for p in arm.model.parameters())
     return f"{name}, seed {seed}: {parameters:,} parameters, {steps} steps, {took:.0f} s"
@@ -143,8 +144,8 @@ def costs(size: Size, words: list[bytes], held: list[bytes], device: str) -> dic
     for arm in made.values():
         arm.model.to(device)
     how: dict[str, Any] = {"window": size.window, "batch": size.batch, "seed": 0}
-    flops = {name: m.forward_flops(arm, words, **how) for name, arm in made.items()}
-    seconds = m.step_seconds(made, words, **how)
+    flops = {name: training.forward_flops(arm, words, **how) for name, arm in made.items()}
+    seconds = training.step_seconds(made, words, **how)
     print(f"seconds a step {seconds}, forward operations {flops}", flush=True)
     relative = lambda of: {name: of[name] / of["subwords"] for name in of}
     return {"time": relative(seconds), "operations": relative(flops)}

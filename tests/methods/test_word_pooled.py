@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from pertoken.tokenize import _pooled_training as training
 from pertoken.tokenize.word_pooled import Spelling, WordPooled
 from pertoken.tokenize.word_pooled import measure as m
 from pertoken.tokenize.word_pooled.codec import END, MORE, PAD, Codec, characters, normalise
@@ -391,7 +392,7 @@ def test_training_learns_and_leaves_global_chance_alone():
     arm = m.PooledArm(TINY.build(CODEC, seed=1), CODEC)
     before = float(arm.model.loss(arm.batch([words[:6]])))
     state = torch.get_rng_state()
-    steps = m.train(arm, words, seconds=0.3, window=6, batch=4, lr=1e-2, seed=0)
+    steps = training.train(arm, words, seconds=0.3, window=6, batch=4, lr=1e-2, seed=0)
     assert steps > 3 and torch.equal(state, torch.get_rng_state())
     assert float(arm.model.loss(arm.batch([words[:6]]))) < 0.8 * before and not arm.model.training
 
@@ -399,16 +400,16 @@ def test_training_learns_and_leaves_global_chance_alone():
 def test_training_takes_so_many_steps():
     words = [b" ab", b" cd"] * 20
     arm = m.PooledArm(TINY.build(CODEC, seed=1), CODEC)
-    assert m.train(arm, words, steps=3, window=6, batch=4, lr=1e-2, seed=0) == 3
+    assert training.train(arm, words, steps=3, window=6, batch=4, lr=1e-2, seed=0) == 3
     for wrong in ({}, {"steps": 1, "seconds": 1.0}):
         with pytest.raises(ValueError, match="either seconds or steps"):
-            m.train(arm, words, window=6, batch=4, lr=1e-2, seed=0, **wrong)
+            training.train(arm, words, window=6, batch=4, lr=1e-2, seed=0, **wrong)
 
 
 def test_seconds_of_a_step():
     words = [b" ab", b" cd"] * 20
     arms = {"a": m.PooledArm(TINY.build(CODEC, seed=1), CODEC), "b": m.PooledArm(TINY.build(CODEC, seed=2), CODEC)}
-    found = m.step_seconds(arms, words, window=3, batch=1, seed=0)
+    found = training.step_seconds(arms, words, window=3, batch=1, seed=0)
     assert found.keys() == arms.keys() and all(0 < value < 10 for value in found.values())
 
 
@@ -419,7 +420,9 @@ def test_forward_operations_by_hand():
     model = GPT(vocabulary=258, places=8, width=width, layers=layers, heads=2, dropout=0.0)
     products = layers * 12 * width * width + width * 258  # weights of a position: q, k, v, out, up, down; the head
     attention = layers * 2 * T * width  # of a position: scores, and their sum over values
-    found = m.forward_flops(m.GPTArm(model, pieces, cut), [b" ab", b" cd"] * 9, window=2, batch=B, seed=0, batches=2)
+    found = training.forward_flops(
+        m.GPTArm(model, pieces, cut), [b" ab", b" cd"] * 9, window=2, batch=B, seed=0, batches=2
+    )
     assert found == 2 * B * T * (products + attention)
 
 

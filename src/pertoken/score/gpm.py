@@ -98,7 +98,7 @@ class GPM:
         if gate is not None and len(gate) and not torch.equal(gate, gate[:1].expand_as(gate)):
             raise ValueError("with a gate, only responses to one prompt compare; call it prompt by prompt")
         gate = gate if gate is None else gate[:1]
-        table = skew_table(self.module(torch.as_tensor(features_KH, device=at)), gate) / self.module.tau
+        table = (skew_table(self.module(torch.as_tensor(features_KH, device=at)), gate) / self.module.tau).cpu()
         return 2 * table if self.compat == "reference" else table
 
     def pairwise_table(self, items: Sequence[Trace]) -> np.ndarray:
@@ -111,7 +111,7 @@ class GPM:
             raise ValueError("with a gate, only responses to one prompt compare; call it prompt by prompt")
         ends, prompts = self.features(items)
         prompts = prompts if prompts is None else prompts[:1].expand_as(prompts)  # one prompt, so one lambda
-        return self.table(ends, prompts).double().cpu().numpy()
+        return self.table(ends, prompts).double().numpy()
 
     def prefer(self, items: Sequence[Trace]) -> np.ndarray:
         """P(row beats column), float64 (K, K), 0.5 on the diagonal."""
@@ -139,12 +139,7 @@ class GPM:
             sets.setdefault(trace.prompt_ids, []).append(i)
         out: dict[int, Credit] = {}
         for some in sets.values():
-            table = (
-                self.table(ends[some], None if prompts is None else prompts[some[:1] * len(some)])
-                .double()
-                .cpu()
-                .numpy()
-            )
+            table = self.table(ends[some], None if prompts is None else prompts[some[:1] * len(some)]).double().numpy()
             meta = {"scale": SCALE, "candidates": len(some), "cycles": cyclic_triples(table)}
             meta["max_abs"] = float(np.abs(table).max())
             for i, value in zip(some, table.mean(1), strict=True):
