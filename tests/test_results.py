@@ -42,3 +42,14 @@ def test_changed_code_is_refused(repository):
     (repository / "src" / "results.py").write_text("")
     with pytest.raises(ValueError, match="commit your changes"):
         results.save_result("a", **FIGURE, folder=repository / "results")
+
+
+def test_a_gpu_is_named_if_it_was_used(repository, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU X")
+    for used, world in ((False, "w"), (True, "w; GPU X")):
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda used=used: used)
+        path = results.save_result("a", **FIGURE, folder=repository / "results")
+        assert json.loads(path.read_text())["world"] == world

@@ -27,7 +27,7 @@ def save_result(
     rows: Sequence[dict[str, Any]] = (),
     folder: str | Path = "results",
 ) -> Path:
-    """Write a result with the commit it was run on and the command that ran; `world` is told the GPU, if there is one.
+    """Write a result with the commit it was run on and the command that ran; `world` is told the GPU, if one was used.
 
     Raises:
         ValueError: code has uncommitted changes, or there is no repository: the figure would belong to no commit.
@@ -56,7 +56,7 @@ def save_result(
 
 def _accelerator() -> str:
     torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available():
+    if torch is None or not torch.cuda.is_initialized():  # there may be one that nothing was computed on
         return ""
     fast = torch.get_float32_matmul_precision() != "highest"
     return f"; {torch.cuda.get_device_name()}" + (", float32 products in TF32" if fast else "")

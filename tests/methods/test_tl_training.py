@@ -223,6 +223,10 @@ def test_rendering():
     now = 'Function:\ndef now():\n    """\n    Tells the time.\n\n    Args:\n    """'
     assert signatures([tool]) == said
     assert signatures([{"type": "function", "function": tool}]) == said  # OpenAI's form
+    bare = {"name": "now", "parameters": {"type": "object", "properties": None, "required": None}}
+    assert signatures([bare]).startswith("Function:\ndef now():")
+    with pytest.raises(ValueError, match="describe no parameters"):
+        signatures([{"name": "f", "parameters": {"properties": ["a"]}}])
     assert signatures([tool, {"name": "now", "description": "Tells the time."}]) == f"{said}\n\n{now}"
     assert spoken_call("find", {"q": "é", "n": [1, True]}) == 'find(q="é", n=[1, true])'
 

@@ -401,7 +401,7 @@ def test_training_takes_so_many_steps():
     words = [b" ab", b" cd"] * 20
     arm = m.PooledArm(TINY.build(CODEC, seed=1), CODEC)
     assert training.train(arm, words, steps=3, window=6, batch=4, lr=1e-2, seed=0) == 3
-    for wrong in ({}, {"steps": 1, "seconds": 1.0}):
+    for wrong in ({}, {"steps": 1, "seconds": 1.0}, {"steps": 0}, {"seconds": 0.0}):
         with pytest.raises(ValueError, match="either seconds or steps"):
             training.train(arm, words, window=6, batch=4, lr=1e-2, seed=0, **wrong)
 

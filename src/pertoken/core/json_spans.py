@@ -57,6 +57,9 @@ def tool_schema(tool: Any) -> tuple[str, Mapping[str, Any]]:
     parameters = (inner.get("parameters") if isinstance(inner, Mapping) else None) or {}
     if not isinstance(name, str) or not name or not isinstance(parameters, Mapping):
         raise ValueError(f'{tool!r} describes no tool; write {{"name": ..., "parameters": {{...}}}}')
-    if parameters.get("type") == "object" or "properties" in parameters:
-        return name, {"properties": {}, **parameters}
-    return name, {"properties": parameters}
+    if parameters.get("type") != "object" and "properties" not in parameters:
+        return name, {"properties": parameters}
+    properties = parameters.get("properties") or {}
+    if not isinstance(properties, Mapping):
+        raise ValueError(f'{name}: properties={properties!r} describe no parameters; write {{"name": {{...}}, ...}}')
+    return name, {**parameters, "properties": properties}

@@ -31,10 +31,10 @@ def train(
         seconds: how long (of the process, a thread, on a CPU: others may be running); or `steps`: how many.
 
     Raises:
-        ValueError: both of them, or neither.
+        ValueError: both of them, or neither, or not above 0.
     """
-    if (seconds is None) == (steps is None):
-        raise ValueError("say for how long to train: either seconds or steps")
+    if (seconds is None) == (steps is None) or (seconds or steps or 0) <= 0:
+        raise ValueError("say for how long to train: either seconds or steps, above 0")
     device = next(arm.model.parameters()).device
     on_cpu = device.type == "cpu"
     clock = (lambda: time.process_time() / torch.get_num_threads()) if on_cpu else time.perf_counter

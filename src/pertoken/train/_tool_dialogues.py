@@ -154,7 +154,7 @@ def signatures(tools: Sequence[Mapping[str, Any]]) -> str:
     out = []
     for tool in tools:
         name, parameters = tool_schema(tool)
-        required, known = parameters.get("required", []), parameters["properties"]
+        required, known = parameters.get("required") or [], parameters["properties"]
         ordered = [*(p for p in required if p in known), *(p for p in known if p not in required)]
         head = [f"{p}: {known[p].get('type', 'Any')}" + ("" if p in required else " = None") for p in ordered]
         told = [f"    {p} ({known[p].get('type', 'Any')}): {known[p].get('description', '')}" for p in ordered]
