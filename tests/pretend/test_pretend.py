@@ -54,5 +54,6 @@ def test_what_cuda_refuses_is_refused():
 
 
 def test_methods_on_a_pretended_device():
-    done = python(*"-m pytest -p tests.pretend tests/contracts/test_devices.py -q -x -p no:cacheprovider".split())
+    files = "tests/contracts/test_devices.py tests/contracts/test_devices_beside.py"
+    done = python(*f"-m pytest -p tests.pretend {files} -q -x -p no:cacheprovider".split())
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
