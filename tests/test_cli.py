@@ -168,6 +168,7 @@ def test_values_of_options_are_of_their_types(tmp_path, capsys):
     assert make_method("sar:t=1,join=', '")[1].join == ", " and make_method('sar:join="a,b",t=1')[1].t == 1
     assert make_method("reward-transform:references={values: {a: [1], b: [2]}, default: [3]},q=0.5")[1].q == 0.5
     assert make_method("sar:join=it's,t=1")[1].join == "it's" and make_method("sar:join=' it''s, so',t=1")[1].t == 1
+    assert repr(make_method("genarm:alpha=[1,2e-1]")[1].alpha) == "(1.0, 0.2)"
     assert make_method("sparsepo:normalize_mask=off")[1].normalize_mask == "off"  # to YAML, off is false
     assert _settings(["beta=1e-1", "x.name=e5"], ["x"]) == {"x": {"beta": 0.1, "name": "e5"}}
     for words, hint in (

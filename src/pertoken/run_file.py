@@ -131,7 +131,7 @@ def _fitted(value: Any, hint: Any) -> Any:
         number = float(value) if isinstance(value, str) else value
         if hint is int and number != int(number):
             raise ValueError(value)
-        return int(number) if hint is int else number
+        return int(number) if hint is int else float(number)  # 1 and 1.0 are one option, also in a stage's key
     if hint is Path and isinstance(value, str):
         return Path(value)
     if isinstance(hint, type):
