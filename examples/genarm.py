@@ -40,6 +40,7 @@ import tyro
 from torch import Tensor
 
 from pertoken import catalog
+from pertoken.core.adapters import merge_lora
 from pertoken.core.data import Group
 from pertoken.core.decode import LMGuide, decode
 from pertoken.core.lm import LM, load
@@ -135,8 +136,9 @@ class World:
             progress=False,
         )
         run.go()
-        run.policy.name = slug
-        return run.policy
+        lm = run.policy
+        model = merge_lora(lm.model) if hasattr(lm.model, "merge_and_unload") else lm.model  # it only decodes now
+        return LM(model, lm.tokenizer, name=slug, template=lm.template)
 
 
 def small_world() -> World:

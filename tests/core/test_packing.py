@@ -326,6 +326,11 @@ def test_cost_chooses():
     assert cost.stretch(10) == 10 * cost.linear + 100 * cost.attention
     # without attention only the number of tokens counts, so sharing a prompt always pays
     assert layout_of(4, 900, 4, Cost(1.0, 0.0, 0.0)) == "tree"
+    # a row of 100 + 2 x 100 has 90,000 pairs, two of 200 have 80,000, and 300 tokens are 100 fewer than 400
+    assert layout_of(100, 100, 2, Cost(200.0, 1.0, 0.0)) == "tree"
+    assert layout_of(100, 100, 2, Cost(200.0, 1.0, 0.0, masked=2.0)) == "flat"  # 90,000 more, for 20,000 saved
+    assert layout_of(100, 100, 1, Cost(200.0, 1.0, 0.0, masked=2.0)) == "flat"
+    assert Cost(1.0, 1.0, 0.0, masked=4.0).stretch(3) == Cost(1.0, 1.0, 0.0).stretch(3) == 12.0  # no branch, no mask
 
 
 def test_cost_counts_the_layers():

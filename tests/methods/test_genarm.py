@@ -12,7 +12,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from pertoken.core.decode import LMGuide, Product, decode
-from pertoken.core.lm import LM
+from pertoken.core.lm import LM, load
 from pertoken.core.rollout import Sampling
 from pertoken.generate.genarm import GenARM, guided_logps
 from pertoken.score.arm_reward import ARMReward
@@ -336,6 +336,23 @@ def test_from_a_folder(tmp_path):
     ARM.save(tmp_path / "arm")
     named = GenARM(reward_models=f"{tmp_path / 'arm'}").generate(BASE, PROMPTS, sampling=LONG)
     assert ids_of(named) == ids_of(GenARM(arms=ARM).generate(BASE, PROMPTS, sampling=LONG))
+
+
+def test_an_adapter_from_a_folder_is_added_into_the_weights(tmp_path):
+    tiny.lm(0).save(tmp_path / "base")
+    arm = load(tmp_path / "base", dtype="float64", device="cpu", lora=2)
+    with torch.no_grad():
+        for name, p in arm.model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.5, generator=torch.Generator().manual_seed(0))
+    arm.save(tmp_path / "arm")
+    (guide,) = GenARM(reward_models=f"{tmp_path / 'arm'}").guides(tiny.lm(0))
+    assert isinstance(guide, LMGuide) and not hasattr(guide.lm.model, "disable_adapter")
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        found, wanted = (lm.causal(ids).logits.double() for lm in (guide.lm, arm))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+    assert (found - tiny.lm(0).causal(ids).logits).abs().max() > 0.01
 
 
 def swapped():

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..core.adapters import merge_lora
 from ..core.credit import Credit
 from ..core.decode import Drawn, Guide, LMGuide, Stream, decode, weighted
 from ..core.head import at_least_float32
@@ -99,6 +100,14 @@ class RewardGuide:
         state.alpha_NK = state.alpha_NK[index.cpu()]
 
 
+def _loaded(source: str | Path, base: LM) -> LM:
+    """A reward model where the base is; an adapter is added into its weights, as each token is computed with both."""
+    lm = load(source, device=str(base.device))
+    if not hasattr(lm.model, "merge_and_unload"):
+        return lm
+    return LM(merge_lora(lm.model), lm.tokenizer, name=lm.name, note=lm.note, template=lm.template)
+
+
 @dataclass(frozen=True, kw_only=True)
 class GenARM:
     """Options of guided decoding."""
@@ -139,7 +148,7 @@ class GenARM:
         templates = self.templates * len(given) if len(self.templates) == 1 else self.templates or ("",) * len(given)
         out: list[Guide] = []
         for arm, template in zip(given, templates, strict=True):
-            model = load(arm, device=str(lm.device)) if isinstance(arm, str | Path) else arm
+            model = _loaded(arm, lm) if isinstance(arm, str | Path) else arm
             if isinstance(model, LM):
                 model = LMGuide(lm=model, prompt=in_template(model, template) if template else None)
             elif template:

@@ -1,4 +1,4 @@
-"""Training of the arms of `word_pooled.measure` on the same windows of words: for so many seconds, or steps; what a step costs."""
+"""Training of the arms of `word_pooled.measure` on the same windows of words, and what a step of it costs."""
 
 from __future__ import annotations
 
