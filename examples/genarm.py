@@ -19,9 +19,9 @@ away. An independent judge: the share of responses that are sentences of the gra
 
 Missed with SmolLM2 (53 held-out prompts, all there are; one seed): the gain is 1.20 base deviations
 (reached), 0.875 of the twin's 1.37, and decoding makes 0.347 x as many tokens a second, beside twelve other jobs on the
-GPU and with the ARM's LoRA not merged. alpha = 2 gains 1.34. Both arms chose beta 0.01, the edge of the four, and none
-of their responses ends within 64 tokens (60 % of the base's do), so both seem to exploit the reward. Best of 4 and of
-16 by the ARM's summed reward are worse than the base (-0.10, -0.58), and short.
+GPU and before the ARM's LoRA was added into its weights. alpha = 2 gains 1.34. Both arms chose beta 0.01, the edge of
+the four, and none of their responses ends within 64 tokens (60 % of the base's do), so both seem to exploit the reward.
+Best of 4 and of 16 by the ARM's summed reward are worse than the base (-0.10, -0.58), and short.
 """
 
 from __future__ import annotations
