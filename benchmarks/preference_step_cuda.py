@@ -2,7 +2,7 @@
 
 On a GPU a forward of SmolLM2-135M costs its launches, not its tokens (20 ms for 3,000 tokens, 26 ms for 12,000 on an
 H200), so that there is nothing to gain; hence the larger shape. Losses in bfloat16 are compared to 2e-2 (they are
-equal to 1e-3 in float32, which preference_step.py shows).
+equal to 1e-3 in float32, which preference_step.py shows). Not run to its end yet: 65 seconds were too few.
 
     python benchmarks/preference_step_cuda.py --json
 """

@@ -345,6 +345,8 @@ def main(options: Options) -> None:
             )
             others.append((arm, name, float(a[:, 0].mean()), float(np.mean(some["ended"]))))
     times = np.array(found["seconds"])
+    if not len(times):
+        raise ValueError("no step was compared with masking; lower --every, or take more patterns or tokens")
     ratio = float(times[:, 0].sum() / times[:, 1].sum())
     ours, masking = 1000 * times.mean(0)
     print(f"(b) {len(times)} steps: {ours:.2f} ms, masking {masking:.1f} ms: {ratio:.4f}")

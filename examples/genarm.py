@@ -16,6 +16,12 @@ mean reward on held-out prompts exceeds the base's by at least 0.5 standard devi
 Beside it: best of n with the ARM's summed reward; ARGS (Khanov et al., arXiv 2402.01694): greedy over the k likeliest
 tokens of log p + w r(y_<t, v), r the sequence reward model on the response so far; other alphas, with one that steers
 away. An independent judge: the share of responses that are sentences of the grammar.
+
+Missed with SmolLM2 (53 held-out prompts, all there are; one seed): the gain is 1.20 base deviations
+(reached), 0.875 of the twin's 1.37, and decoding makes 0.347 x as many tokens a second, beside twelve other jobs on the
+GPU and before the ARM's LoRA was added into its weights. alpha = 2 gains 1.34. Both arms chose beta 0.01, the edge of
+the four, and none of their responses ends within 64 tokens (60 % of the base's do), so both seem to exploit the reward.
+Best of 4 and of 16 by the ARM's summed reward are worse than the base (-0.10, -0.58), and short.
 """
 
 from __future__ import annotations

@@ -36,6 +36,7 @@ from tests.contracts.test_objectives import ROWS, every_row
 from tests.core import training
 from tests.methods.one_pass import exact_lm
 from tests.methods.rollouts import Given
+from tests.methods.test_reagent import biased_bert
 
 DEVICE = os.environ.get("PERTOKEN_TEST_DEVICE", "cuda")
 pytestmark = pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="no CUDA device")
@@ -164,6 +165,14 @@ def test_sampling_and_signals():
     one, other = (token_signals(lm, texts, wanted)[0] for lm in lms)
     for name in wanted:
         close(other[name], one[name], 1e-5)
+
+
+def test_a_masked_lm_replaces_from_its_own_device():
+    lm = on(tiny.lm())
+    ids = (lm.tokenizer.bos_token_id, *lm.tokenizer.encode("The film was great"))
+    likeliest = [lm.tokenizer.encode(text)[0] for text in (" film", " was")]
+    drawn = [biased_bert(lm.tokenizer, likeliest, at)(lm, ids)(2, np.random.default_rng(0)) for at in ("cpu", DEVICE)]
+    assert torch.equal(*drawn)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])

@@ -1,19 +1,34 @@
 # pyright: reportArgumentType=false
 """ReAGent: the update by hand, its identities, samplers that never repeat a token, stopping, and the soft metrics."""
 
+import copy
 import math
 
 import numpy as np
 import pytest
 import torch
+from transformers import BertConfig, BertForMaskedLM
 
 from pertoken.core.lm import LM
 from pertoken.explain import reagent
-from pertoken.explain._replacement import distance, inferential, replacer, shape, soft_faithfulness
+from pertoken.explain._replacement import MaskedReplacer, distance, inferential, replacer, shape, soft_faithfulness
 from pertoken.explain.reagent import ReAGent, Stop, kept_positions, update
 from tests import tiny
 
 NEVER = Stop(among=0)
+
+
+def biased_bert(tokenizer, likeliest, device="cpu"):
+    """A masked LM that expects these ids everywhere, the first one most; its tokenizer has a mask token more."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"mask_token": "<|mask|>"})
+    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    model = BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **shape))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.cls.predictions.bias[list(likeliest)] = torch.arange(len(likeliest), 0, -1.0)
+    return MaskedReplacer(model.to(device), tokenizer)
 
 
 def t(*rows):
@@ -89,6 +104,27 @@ def test_uniform_draws_are_uniform_over_the_others():
     expected = 6000 / len(usable)
     chi = ((counts[usable] - expected) ** 2 / expected).sum()
     assert counts[ids[0]] == 0 and abs(chi - len(usable)) < 5 * math.sqrt(2 * len(usable))
+
+
+def test_a_masked_lm_replaces_by_what_it_expects():
+    """Its best guess as the token's text (with the token's space), the second where that is the token itself; special
+    tokens and the text around stay."""
+    lm = tiny.lm()
+    ids = (lm.tokenizer.bos_token_id, *lm.tokenizer.encode("The film was great"))
+    best, second = (lm.tokenizer.encode(text)[0] for text in (" film", " was"))
+    replace = biased_bert(lm.tokenizer, (best, second))
+    drawn = replace(lm, ids)(3, np.random.default_rng(0))
+    assert drawn.shape == (3, len(ids)) and torch.equal(drawn[0], drawn[2])
+    wanted = [ids[0]]
+    for own, piece in zip(ids[1:], lm.view.pieces(ids)[1:], strict=True):
+        lead = " " if piece[:1] == b" " else ""
+        words = (lm.tokenizer.encode(lead + word)[0] for word in ("film", "was"))
+        wanted.append(next(word for word in words if word != own))
+    assert drawn[0].tolist() == wanted and wanted[2] != ids[2]
+    found = ReAGent(replace=replace, max_steps=2, probes=2, stop=NEVER).attribute(lm, ids, 5)
+    assert found["scores"].shape == (len(ids),)
+    with pytest.raises(ValueError, match="no mask token"):
+        MaskedReplacer(biased_bert(lm.tokenizer, (best,)).model, lm.tokenizer)
 
 
 def test_shapes():

@@ -138,9 +138,8 @@ class MaskedReplacer:
         for place, (own, piece) in enumerate(zip(ids, pieces, strict=True)):
             lead = " " if piece[:1] == b" " else ""
             before, after = (b"".join(part).decode("utf8", "replace") for part in (pieces[:place], pieces[place + 1 :]))
-            found = self.tokenizer(
-                before + lead + self.tokenizer.mask_token + after, return_tensors="pt", truncation=True
-            )
+            text = before + lead + self.tokenizer.mask_token + after
+            found = self.tokenizer(text, return_tensors="pt", truncation=True).to(self.model.device)
             where = (found["input_ids"][0] == self.tokenizer.mask_token_id).nonzero()
             if own in lm.view.special_ids or not len(where):
                 continue
