@@ -14,7 +14,8 @@ is nearest to that range. SAR is then measured once, on 300 questions.
 Missed on the generated questions, which are the main figure: 0.020 below LN-PE and 0.053 below PE, by the tokens' half:
 sentSAR is the best of all scores (0.82), but weighing tokens by relevance makes the mean surprise a worse score than it
 was (0.71 against 0.75), and neither remedy mends that. On XQuAD (the bare paragraph; accuracy 0.22) SAR is 0.0375
-[-0.011, 0.091] above LN-PE and 0.035 [-0.019, 0.096] above PE: reached by the means, but both intervals hold 0.
+[-0.011, 0.091] above LN-PE and 0.035 [-0.019, 0.096] above PE: reached by the means, but both intervals hold 0. The
+questions that chose the form are others, of partly the same paragraphs.
 
     python examples/sar.py           300 questions (ten minutes on one core: 25,000 texts through MiniLM)
     python examples/sar.py --real    300 questions on paragraphs of XQuAD, too (for a GPU)

@@ -1,6 +1,7 @@
 """Importing this makes the device ``pretend`` (see device.cpp); as a pytest plugin: ``pytest -p tests.pretend``.
 
-It is compiled once (half a minute) with the C++ compiler and ninja that torch's extensions need.
+It is compiled once (half a minute), into .cache/pretend, with the C++ compiler and ninja that torch's extensions need.
+A build that was killed leaves a file `lock` there, for which the next one waits: remove it.
 """
 
 from pathlib import Path
@@ -13,7 +14,9 @@ from torch.utils.cpp_extension import load
 
 
 def _start() -> None:
-    built: Any = load("pertoken_pretend", [str(Path(__file__).parent / "device.cpp")])
+    folder = Path(__file__).parents[2] / ".cache" / "pretend"  # of this checkout alone
+    folder.mkdir(parents=True, exist_ok=True)
+    built: Any = load("pertoken_pretend", [str(Path(__file__).parent / "device.cpp")], build_directory=str(folder))
     rename_privateuse1_backend("pretend")
     built.start()
     module: Any = ModuleType("torch.pretend")  # what torch asks a device's module for

@@ -45,7 +45,7 @@ def python(*words: str) -> subprocess.CompletedProcess:
     """Run it here, as if by hand."""
     told = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     told |= {"PERTOKEN_TEST_DEVICE": "pretend", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *words], cwd=ROOT, env=told, capture_output=True, text=True)
+    return subprocess.run([sys.executable, *words], cwd=ROOT, env=told, capture_output=True, text=True, timeout=500)
 
 
 def test_what_cuda_refuses_is_refused():
