@@ -42,9 +42,7 @@ class Cost:
         launch: fixed cost of one forward, in the same unit (Python and kernel launches).
         shares: whether the model can take trees, and several stretches in a row, at all (`shares_prompts`).
         skips: whether attention computes only what the mask allows (`attention.TreeMask`), not the whole row.
-        masked: how many times as much a pair costs where a dense mask is read. On a GPU, SDPA's fast kernels take none:
-            with SmolLM2-1.7B's shape on an H200 a group of 8 with prompt 128, response 512 took 1.2 times as long as a
-            tree, with 512 and 128 0.6 times.
+        masked: how many times as much a pair costs under a dense mask, of which SDPA's fast GPU kernels take none.
     """
 
     linear: float
@@ -57,16 +55,14 @@ class Cost:
     @classmethod
     def of(cls, model: Any) -> Cost:
         """Read off a causal LM."""
-        config = model.config.get_text_config()
-        embeddings = sum(p.numel() for p in {model.get_input_embeddings().weight, _head_weight(model)})
-        linear = sum(p.numel() for p in model.parameters()) - embeddings
+        config, ends = model.config.get_text_config(), {model.get_input_embeddings().weight, _head_weight(model)}
+        linear = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in ends)
         # Every forward reads all weights once, which takes as long as computing some 16 tokens with them, and launches
-        # about ten operations a layer; on a GPU that takes half a millisecond, in which it could do 1e11 multiply-adds
-        # (SmolLM2 in bfloat16 on an H200: 20 ms for 3,000 tokens, 26 ms for 12,000).
+        # about ten operations a layer; on a GPU that takes half a millisecond, enough for 1e11 multiply-adds (an H200).
         launch = 16.0 * linear + (8e6 if model.device.type == "cpu" else 1e11) * config.num_hidden_layers
         attention = 2.0 * config.hidden_size * config.num_hidden_layers
-        on_gpu = model.device.type != "cpu" and config._attn_implementation == "sdpa"
-        return cls(float(linear), attention, launch, shares_prompts(model), _skips(model), 4.0 if on_gpu else 1.0)
+        masked = 4.0 if model.device.type != "cpu" and config._attn_implementation == "sdpa" else 1.0
+        return cls(float(linear), attention, launch, shares_prompts(model), _skips(model), masked)
 
     def stretch(self, trunk: int, lengths: Sequence[int] = ()) -> float:
         """One stretch of a row, alone."""
@@ -75,9 +71,7 @@ class Cost:
         if self.skips:
             first, *others = lengths or (0,)
             pairs = (trunk + first) ** 2 + sum(n * (trunk + n) for n in others)
-        elif len(lengths) > 1:
-            pairs *= self.masked
-        return self.linear * tokens + self.attention * pairs
+        return self.linear * tokens + self.attention * pairs * (self.masked if len(lengths) > 1 else 1.0)
 
 
 @dataclass(frozen=True, eq=False)
