@@ -333,6 +333,14 @@ def test_cost_chooses():
     assert Cost(1.0, 1.0, 0.0, masked=4.0).stretch(3) == Cost(1.0, 1.0, 0.0).stretch(3) == 12.0  # no branch, no mask
 
 
+def test_short_rows_share_one_where_their_mask_is_worth_it():
+    groups = [[a_trace((5,) * 10, (6,) * n)] for n in (91, 41, 41, 41, 41)]  # of 100 and 4 x 50 positions
+    rows = lambda **how: [p.input_ids_RC.shape[0] for p in pack(groups, cost=Cost(1.0, 1.0, 1e9, **how))]
+    assert rows() == rows(masked=1.5) == [3] and rows(masked=2.0) == [5]  # 3 x 2 x 10,000 are more than 5 x 10,000
+    trees = [group * 2 for group in groups]  # these read a mask however they lie
+    assert len(pack(trees, cost=Cost(1.0, 0.0, 1e9, masked=9.0), tree="always")[0].input_ids_RC) < 5
+
+
 def test_cost_counts_the_layers():
     model = tiny.llama(layers=2)
     layers = sum(p.numel() for p in model.model.layers.parameters()) + model.model.norm.weight.numel()

@@ -209,7 +209,7 @@ def pack(
                 rest.append(stretches)
             else:
                 rows = more
-        packs.append(rows if tree == "never" else _merge_short(rows, width))
+        packs.append(rows if tree == "never" else _merge_short(rows, width, cost))
         queue = rest
     made = [_build(rows, groups, pad_left, ends) for rows in packs]
     trees = sum(len(stretches) == 1 and stretches[0].k > 1 for stretches in layouts)
@@ -277,8 +277,8 @@ def _fill(layouts: list[list[_Stretch]], max_tokens: int) -> list[list[_Stretch]
     return rows
 
 
-def _merge_short(rows: list[list[_Stretch]], width: int) -> list[list[_Stretch]]:
-    """Put several short stretches into one row (first fit) where that leaves fewer rows."""
+def _merge_short(rows: list[list[_Stretch]], width: int, cost: Cost) -> list[list[_Stretch]]:
+    """Put several short stretches into one row (first fit) where that leaves fewer rows and is worth a mask."""
     merged: list[list[_Stretch]] = []
     for row in rows:
         size = sum(s.size for s in row)
@@ -287,7 +287,8 @@ def _merge_short(rows: list[list[_Stretch]], width: int) -> list[list[_Stretch]]
             merged.append(list(row))
         else:
             home += row
-    return merged if len(merged) < len(rows) else rows
+    now = cost.stretch(width, () if all(s.k == 1 for row in rows for s in row) else (0, 0))
+    return merged if len(merged) * cost.stretch(width, (0, 0)) < len(rows) * now else rows
 
 
 def _build(rows: list[list[_Stretch]], groups: Sequence[Sequence[Trace]], pad_left: bool, ends: bool = False) -> Pack:
